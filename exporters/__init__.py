@@ -1,0 +1,1 @@
+"""Writers of encoded samples, one module for each output format, found by ``--exporter NAME``."""

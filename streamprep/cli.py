@@ -1,0 +1,128 @@
+"""The command line: ``streamprep VERB ...``.
+
+Every verb is a function of one config dataclass; its flags are the dataclass's fields. Only what a verb needs is
+imported, and only after its flags are understood: ``streamprep encode --help`` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import tyro
+
+from streamprep import __version__
+from streamprep import config as configs
+from streamprep.errors import Stopped, TooManyBadSamples, UserError
+
+DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
+"""Exit codes."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command."""
+
+    config: type
+    """Its flags."""
+    run: str
+    """``module:function`` that takes the config and returns the exit code."""
+    summary: str
+
+
+VERBS = {
+    "pack": Verb(configs.PackConfig, "streamprep.verbs:pack", "raw videos and captions -> tar shards"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done, 1 failed, 2 wrong usage, 3 too many bad samples, 4 stopped by a signal and resumable.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return DONE if arguments else WRONG_USAGE
+    if arguments[0] == "--version":
+        print(f"streamprep {__version__}")
+        return DONE
+    verb = VERBS.get(arguments[0])
+    if verb is None:
+        return _complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
+    try:
+        config = parse(arguments[0], arguments[1:])
+        with _signals_raise_stopped():
+            module, _, function = verb.run.partition(":")
+            return int(getattr(importlib.import_module(module), function)(config))
+    except UserError as error:
+        return _complain(str(error), WRONG_USAGE)
+    except TooManyBadSamples as error:
+        return _complain(str(error), TOO_MANY_BAD)
+    except Stopped as error:
+        return _complain(str(error), STOPPED)
+    except BrokenPipeError:  # the reader of our output, a pager say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        return _complain(f"{error}", FAILED)
+
+
+def parse(verb: str, arguments: Sequence[str]) -> object:
+    """A verb's config from its part of the command line.
+
+    Raises:
+        UserError: if ``--config`` cannot be used.
+        SystemExit: for ``--help``, or with 2 after saying what is wrong.
+    """
+    config = VERBS[verb].config
+    prog = f"streamprep {verb}"
+    parsed: object = tyro.cli(config, prog=prog, args=configs.with_file_defaults(config, arguments))
+    return parsed
+
+
+@contextmanager
+def _signals_raise_stopped() -> Iterator[None]:
+    """SIGTERM and Ctrl-C leave a command between any two steps, tidily; a second one does not wait for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        (
+            "usage: streamprep VERB ... ; `streamprep VERB --help` explains one",
+            "",
+            *lines,
+            "",
+            "example: streamprep pack my_dataset my_shards",
+        )
+    )
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"streamprep: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,38 @@
+"""A test hook: die at a named durable step, to prove that a run can be killed anywhere.
+
+``STREAMPREP_CRASH_AT=record:2`` makes the process leave by ``os._exit(137)``, as a SIGKILL would, at its second pass of
+the point ``record``. Unset, a point costs one dictionary look-up.
+
+Every durable step has two points: ``<step>``, when all bytes are on disk but nothing is visible yet, and
+``<step>.after``, when it is visible but the process has not gone on.
+"""
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "STREAMPREP_CRASH_AT"
+
+PACK_STEPS = ("pack", "skipped", "shard", "shard_index", "manifest")
+"""pack.json, skipped.jsonl, NNNNNN.tar, NNNNNN.json, manifest.json."""
+JOB_STEPS = ("plan", "uncond", "data", "quarantine", "record", "delete", "index", "success", "stop")
+"""plan.json, the unconditional embedding, one data file, one quarantine file, one record, one leftover deleted by
+finalize, index.parquet, SUCCESS.json, stop.json."""
+POINTS = tuple(point for step in PACK_STEPS + JOB_STEPS for point in (step, f"{step}.after"))
+
+_passes: dict[str, int] = {}
+
+
+def crash_point(name: str) -> None:
+    """Leave the process here if the environment says so."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        return
+    assert name in POINTS, name
+    point, _, count = wanted.partition(":")
+    if point not in POINTS:
+        raise ValueError(f"{VARIABLE}={wanted}: no such point; one of {', '.join(POINTS)}")
+    if point == name:
+        _passes[name] = _passes.get(name, 0) + 1
+        if _passes[name] == int(count or 1):
+            os._exit(137)

@@ -1,0 +1,90 @@
+"""Which shards exist: ``manifest.json``, written when all of them do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from streamprep import canonical
+from streamprep.errors import UserError
+from streamprep.shards import ShardIndex, index_name
+from streamprep.storage import Store
+
+FORMAT = "streamprep-shards/1"
+MANIFEST = "manifest.json"
+PACK = "pack.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One shard in the manifest."""
+
+    name: str
+    """Of the tar, relative to the manifest."""
+    num_samples: int
+    size_bytes: int
+    sha256: str
+    """Of the tar, in hex."""
+    index_sha256: str
+    """Of the index beside it, in hex: stands for every decision that is made from it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All shards of a dataset, sorted by name."""
+
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Of all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tars."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    def to_json(self) -> bytes:
+        """The content of ``manifest.json``."""
+        value: dict[str, Any] = {
+            "format": FORMAT,
+            "num_samples": self.num_samples,
+            "size_bytes": self.size_bytes,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        return canonical.to_pretty_json(value)
+
+
+def load_manifest(store: Store) -> Manifest:
+    """The shards of a packed dataset.
+
+    Raises:
+        UserError: if there is no manifest, or it is none of ours.
+    """
+    try:
+        value = json.loads(store.read(MANIFEST))
+    except FileNotFoundError:
+        if store.exists(PACK):
+            raise UserError(f"{store.url}: packing is not finished; run the same `streamprep pack` again") from None
+        raise UserError(
+            f"{store.url} holds no shards (no {MANIFEST}): make them by `streamprep pack DATASET {store.url}`"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{store.url}/{MANIFEST} is not JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UserError(f"{store.url}/{MANIFEST} is not a manifest of format {FORMAT}")
+    return Manifest(shards=tuple(ShardInfo(**shard) for shard in value["shards"]))
+
+
+def load_index(store: Store, shard: ShardInfo) -> ShardIndex:
+    """The index of a shard, as it was when the manifest was written.
+
+    Raises:
+        UserError: if it has changed since.
+    """
+    data = store.read(index_name(shard.name))
+    if canonical.bytes_digest(data) != shard.index_sha256:
+        raise UserError(f"{store.url}/{index_name(shard.name)} is not the index that {MANIFEST} names: pack again")
+    return ShardIndex.from_json(data)

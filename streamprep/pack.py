@@ -1,0 +1,263 @@
+"""Raw videos and captions -> tar shards.
+
+1. List the dataset, sort it by key (or shuffle by a seed), cut it into shards of a given size: all of that follows from
+   the listing alone, so any number of processes, in any order, makes the same bytes.
+2. ``pack.json`` records the listing's digest and the options; going on with others is refused.
+3. Each shard is packed by one process: probe, hash, write the tar, then its index. A shard with an index is done.
+4. ``manifest.json`` comes last.
+
+Whether a video decodes is not asked here: the original bytes are kept, and what the probe could not read is noted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from streamprep import canonical
+from streamprep.config import PackConfig
+from streamprep.errors import UserError
+from streamprep.keys import extension_of
+from streamprep.manifest import MANIFEST, PACK, Manifest, ShardInfo
+from streamprep.probe import ProbeError, probe_video
+from streamprep.progress import Progress, count, size
+from streamprep.shards import Member, ShardIndex, ShardSample, TarWriter, index_name
+from streamprep.sources import list_dataset
+from streamprep.sources._files import Listing
+from streamprep.storage import Store, open_store
+from streamprep.types import RawSample
+
+FORMAT = "streamprep-pack/1"
+SKIPPED = "skipped.jsonl"
+_KEEP_IN_MEMORY_BYTES = 64 * 2**20
+_CHUNK_BYTES = 8 * 2**20
+_WRITE_BUFFER_BYTES = 2**20
+
+
+def pack(config: PackConfig) -> Manifest:
+    """Pack a dataset into shards, or finish what an earlier call began.
+
+    Raises:
+        UserError: before anything is written, if the dataset or the options cannot be used.
+        OSError: if the machine fails; calling again goes on from there.
+    """
+    root, store = Path(config.dataset), open_store(config.shards)
+    listing = list_dataset(root, config.dataset_type)
+    shards = cut_into_shards(listing.samples, shard_size_bytes=config.shard_size_mb * 2**20, shuffle=config.shuffle)
+    _start(store, config, listing, num_shards=len(shards))
+    finished = _finished_shards(store, len(shards))
+    todo = [number for number in range(len(shards)) if number not in finished]
+    progress = Progress(total=len(listing.samples), unit="videos", verb="packing")
+    progress.message(
+        f"{count(len(listing.samples), 'video')} ({size(sum(sample.size_bytes for sample in listing.samples))}) "
+        f"in {count(len(shards), 'shard')}, {len(finished)} done"
+        + (f"; {count(len(listing.skipped), 'listed video')} missing, see {SKIPPED}" if listing.skipped else "")
+    )
+    with progress:
+        progress.already_done(sum(info.num_samples for info in finished.values()))
+        for number, info in _pack_shards(root, store, {number: shards[number] for number in todo}, config.num_workers):
+            finished[number] = info
+            progress.advance(info.num_samples)
+    manifest = Manifest(shards=tuple(finished[number] for number in range(len(shards))))
+    store.put(MANIFEST, manifest.to_json(), step="manifest")
+    store.remove_unpublished()
+    return manifest
+
+
+def cut_into_shards(
+    samples: Sequence[RawSample], *, shard_size_bytes: int, shuffle: int | None
+) -> list[list[RawSample]]:
+    """Cut a listing into runs of at most ``shard_size_bytes`` of video (one larger video is a shard of its own)."""
+    if shuffle is not None:
+        samples = sorted(samples, key=lambda sample: canonical.digest([shuffle, sample.key]))
+    shards: list[list[RawSample]] = []
+    filled = 0
+    for sample in samples:
+        if not shards or filled + sample.size_bytes > shard_size_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(sample)
+        filled += sample.size_bytes
+    return shards
+
+
+def _start(store: Store, config: PackConfig, listing: Listing, *, num_shards: int) -> None:
+    """Record what is packed, or make sure that it is what was begun."""
+    rows = [dataclasses.asdict(sample) for sample in listing.samples]
+    wanted = {
+        "format": FORMAT,
+        "listing_sha256": canonical.digest([rows, [dataclasses.asdict(skipped) for skipped in listing.skipped]]),
+        "num_samples": len(listing.samples),
+        "num_shards": num_shards,
+        "shard_size_mb": config.shard_size_mb,
+        "shuffle": config.shuffle,
+    }
+    if not store.exists(PACK):
+        _check_space(store, sum(sample.size_bytes for sample in listing.samples))
+    if store.put_if_absent(PACK, canonical.to_pretty_json(wanted), step="pack"):
+        pass
+    elif (begun := json.loads(store.read(PACK))) != wanted:
+        differing = "; ".join(
+            f"{name}: {begun.get(name)} then, {wanted.get(name)} now"
+            for name in sorted({*begun, *wanted})
+            if begun.get(name) != wanted.get(name)
+        )
+        raise UserError(
+            f"{store.url} was packed from another listing or with other options ({differing}): pack into a new folder"
+        )
+    if listing.skipped and not store.exists(SKIPPED):
+        lines = [canonical.to_json(dataclasses.asdict(skipped)) + b"\n" for skipped in listing.skipped]
+        store.put(SKIPPED, b"".join(lines), step="skipped")
+
+
+def _check_space(store: Store, needed_bytes: int) -> None:
+    free = store.free_bytes()
+    if needed_bytes > free:
+        raise UserError(f"{store.url} has {size(free)} free, the shards need {size(needed_bytes)}")
+
+
+def _finished_shards(store: Store, num_shards: int) -> dict[int, ShardInfo]:
+    """The shards whose index is there, which is written after the tar, and whose tar was not removed since."""
+    files = {file.path: file.size_bytes for file in store.list()}
+    finished = {}
+    for number in range(num_shards):
+        name = _shard_name(number)
+        if index_name(name) in files:
+            data = store.read(index_name(name))
+            index = ShardIndex.from_json(data)
+            if files.get(name) == index.size_bytes:
+                finished[number] = _info(index, data)
+    return finished
+
+
+def _pack_shards(
+    root: Path, store: Store, shards: dict[int, list[RawSample]], num_workers: int
+) -> Iterator[tuple[int, ShardInfo]]:
+    """Pack the shards, several at a time, and yield each as it is done."""
+    workers = min(num_workers or os.cpu_count() or 1, len(shards))
+    if workers <= 1:
+        for number, samples in shards.items():
+            yield number, pack_shard(root, store, _shard_name(number), samples)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
+        futures = {
+            pool.submit(pack_shard, root, store, _shard_name(number), samples): number
+            for number, samples in shards.items()
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise OSError("a packing process died; run the same command again to go on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """Ctrl-C goes to every process of the terminal: the parent decides. If it dies, a worker would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]) -> ShardInfo:
+    """Write one shard, then its index.
+
+    Args:
+        root: The dataset's folder.
+        store: Where to.
+        name: Of the tar.
+        samples: In this order.
+    """
+    with store.new_file() as file:
+        with open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES) as target:
+            tar = TarWriter(target)
+            packed = tuple(_pack_sample(root, tar, sample) for sample in samples)
+            sha256 = tar.finish()
+        file.publish(name, step="shard")
+    index = ShardIndex(name=name, size_bytes=tar.size_bytes, sha256=sha256, samples=packed)
+    data = index.to_json()
+    store.put(index_name(name), data, step="shard_index")
+    return _info(index, data)
+
+
+def _pack_sample(root: Path, tar: TarWriter, sample: RawSample) -> ShardSample:
+    with open(root / sample.path, "rb") as file:
+        if os.fstat(file.fileno()).st_size != sample.size_bytes:
+            raise OSError(f"{root / sample.path} changed while it was packed; let it settle and pack into a new folder")
+        video = io.BytesIO(file.read()) if sample.size_bytes <= _KEEP_IN_MEMORY_BYTES else file
+        metadata = _metadata(sample, video)
+        members = {"json": _add_bytes(tar, f"{sample.key}.json", canonical.to_json(metadata))}
+        video.seek(0)
+        extension = metadata["extension"]
+        members[extension] = tar.add(
+            f"{sample.key}.{extension}",
+            [video.getbuffer()] if isinstance(video, io.BytesIO) else _chunks(video),
+            size=sample.size_bytes,
+            sha256=metadata["sha256"],
+        )
+    if sample.captions:
+        text = sample.captions[0].encode("utf-8", "surrogatepass")
+        members["txt"] = _add_bytes(tar, f"{sample.key}.txt", text)
+    return ShardSample(key=sample.key, members=members, metadata=metadata)
+
+
+def _add_bytes(tar: TarWriter, name: str, data: bytes) -> Member:
+    return tar.add(name, (data,), size=len(data), sha256=canonical.bytes_digest(data))
+
+
+def _metadata(sample: RawSample, video: BinaryIO) -> dict[str, Any]:
+    """The content of ``KEY.json``."""
+    metadata = {
+        "file_name": sample.file_name,
+        "captions": list(sample.captions),
+        "extension": extension_of(sample.path),
+        "sha256": hashlib.file_digest(video, "sha256").hexdigest(),  # type: ignore[arg-type]
+        "declared": dict(sample.declared),
+        "extra": dict(sample.extra),
+    }
+    video.seek(0)
+    try:
+        info = probe_video(video)
+    except ProbeError as error:
+        return metadata | {"probe_error": str(error)}
+    return metadata | dataclasses.asdict(info)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _info(index: ShardIndex, data: bytes) -> ShardInfo:
+    return ShardInfo(
+        name=index.name,
+        num_samples=len(index.samples),
+        size_bytes=index.size_bytes,
+        sha256=index.sha256,
+        index_sha256=canonical.bytes_digest(data),
+    )
+
+
+def _shard_name(number: int) -> str:
+    return f"{number:06d}.tar"

@@ -1,0 +1,104 @@
+"""What a person sees while a command runs: a bar on a terminal, plain lines elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """How far a command is, how fast, and how long it will take; a context manager.
+
+    Args:
+        total: How many in all.
+        unit: What is counted, in the plural.
+        verb: What is being done: ``packing``.
+    """
+
+    def __init__(self, *, total: int, unit: str, verb: str) -> None:
+        self.total = total
+        self._unit, self._verb = unit, verb
+        self._done = 0
+        self._done_before: int | None = None
+        self._started = self._last_line = time.monotonic()
+        self._bar = _bar(verb, unit, total) if sys.stderr.isatty() else None
+
+    def message(self, text: str) -> None:
+        """Say something, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    def already_done(self, count: int) -> None:
+        """Count what an earlier run did; it does not enter the rate."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+
+    def advance(self, count: int = 1) -> None:
+        """Count what was done just now."""
+        if self._done_before is None:
+            self._done_before = self._done
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.message(self._line())
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        self._started = self._last_line = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _line(self) -> str:
+        now_done = self._done - (self._done_before or 0)
+        rate = now_done / max(1e-9, time.monotonic() - self._started)
+        left = (self.total - self._done) / rate if rate else float("inf")
+        return f"{self._verb} {self._done}/{self.total} {self._unit}, {rate:.2f}/s, {duration(left)} left"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 shard``, ``2 shards``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
+
+
+def size(num_bytes: float) -> str:
+    """``1.2 GB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 999.5 or unit == "TB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, ``2:03``."""
+    if seconds == float("inf"):
+        return "?"
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
+
+
+def _bar(verb: str, unit: str, total: int):  # type: ignore[no-untyped-def]  # rich stays unimported off a terminal
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    bar = Bar(*columns, console=Console(stderr=True))
+    bar.add_task(verb, total=total)
+    return bar

@@ -1,0 +1,272 @@
+"""One root, files below it: all reading and all durable writing goes through `Store`.
+
+Writing is all or nothing. A file is built under a temporary name in ``ROOT/.tmp``, flushed to the disk, then published
+under its final name, and the folder is flushed too: a file that can be seen can be trusted, after a power cut as well.
+A process holds a lock on its temporary files, so that those of dead processes can be told and removed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import BinaryIO
+from urllib.parse import unquote
+
+from streamprep.crashpoints import crash_point
+from streamprep.errors import UserError
+
+_TEMPORARY_FOLDER = ".tmp"
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file as a listing shows it."""
+
+    path: str
+    """Relative to the store's root."""
+    size_bytes: int
+    version: str
+    """Changes when the bytes do: here the modification time in ns."""
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """The store of a local folder, given as a path or a ``file://`` URL; it need not exist yet.
+
+    Raises:
+        UserError: for any other kind of URL.
+    """
+    text = os.fspath(url)
+    if not text:
+        raise UserError("an empty path names no folder")
+    if "://" not in text:
+        return Store(Path(text))
+    scheme, _, rest = text.partition("://")
+    path = rest.removeprefix("localhost")
+    if scheme != "file" or not path.startswith("/") or "#" in path or "?" in path:
+        raise UserError(f"{text}: only local folders can be read and written, as a path or file:///absolute/path")
+    return Store(Path(unquote(path)))
+
+
+class Store:
+    """Files below one local folder. Paths are relative to it, with ``/``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100 - Path.absolute keeps '..'
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    @property
+    def url(self) -> str:
+        """Where this is, as a user would write it."""
+        return str(self.root)
+
+    # --- reading
+
+    def read(self, path: str) -> bytes:
+        """The whole file; `FileNotFoundError` if there is none."""
+        return self._resolve(path).read_bytes()
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes from ``offset``; `EOFError` if the file is shorter."""
+        with open(self._resolve(path), "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+            while len(data) < size:  # a single read returns at most 2 GiB
+                more = os.pread(file.fileno(), size - len(data), offset + len(data))
+                if not more:
+                    raise EOFError(f"{path} ends at byte {offset + len(data)}, {offset + size} were expected")
+                data += more
+        return data
+
+    def open(self, path: str) -> BinaryIO:
+        """A seekable file to read from."""
+        return open(self._resolve(path), "rb")
+
+    def exists(self, path: str) -> bool:
+        """Whether the file is there."""
+        return self._resolve(path).is_file()
+
+    def list(self, folder: str = "") -> Iterator[FileEntry]:
+        """The files directly in a folder, sorted by name; nothing if there is no such folder."""
+        try:
+            with os.scandir(self._resolve(folder) if folder else self.root) as scan:
+                entries = sorted((entry for entry in scan if entry.is_file()), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            status = entry.stat()
+            yield FileEntry(str(PurePosixPath(folder, entry.name)), status.st_size, str(status.st_mtime_ns))
+
+    def free_bytes(self) -> int:
+        """What can still be written."""
+        folder = self.root
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    # --- writing
+
+    def new_file(self) -> PendingFile:
+        """A file that nobody sees until it is published; a context manager."""
+        return PendingFile(self)
+
+    def put(self, path: str, data: bytes, *, step: str) -> None:
+        """Write a whole file, replacing what was there.
+
+        Args:
+            path: Where.
+            data: All of it.
+            step: Name of the durable step, for `crash_point`.
+        """
+        with self.new_file() as file:
+            file.path.write_bytes(data)
+            file.publish(path, step=step)
+
+    def put_if_absent(self, path: str, data: bytes, *, step: str) -> bool:
+        """Write a whole file unless one is there; of several writers exactly one gets True."""
+        if self.exists(path):
+            return False
+        with self.new_file() as file:
+            file.path.write_bytes(data)
+            return file.publish(path, step=step, replace=False)
+
+    def delete(self, path: str, *, step: str) -> None:
+        """Remove a file; it is no error if it is gone."""
+        crash_point(step)
+        self._resolve(path).unlink(missing_ok=True)
+        crash_point(f"{step}.after")
+
+    def remove_unpublished(self) -> None:
+        """Remove what processes that died left half written; files of living ones stay."""
+        folder = self.root / _TEMPORARY_FOLDER
+        try:
+            paths = list(folder.iterdir())
+        except FileNotFoundError:
+            return
+        for path in paths:
+            try:
+                with open(path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink(missing_ok=True)
+            except (BlockingIOError, FileNotFoundError):
+                continue
+        try:
+            folder.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+    def _resolve(self, path: str) -> Path:
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts or not path:
+            raise ValueError(f"{path!r} is not a path below {self.root}")
+        return self.root / parts
+
+
+class PendingFile:
+    """A file under a temporary name; `publish` gives it its final one, leaving the block without that removes it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.path: Path
+        """Where to write."""
+
+    def __enter__(self) -> PendingFile:
+        folder = self._store.root / _TEMPORARY_FOLDER
+        while True:
+            _make_folder(folder)
+            self.path = folder / f"{uuid.uuid4().hex}.tmp"
+            try:
+                self._lock = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # the folder was tidied away just now
+                continue
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if os.fstat(self._lock).st_nlink == 1:  # else remove_unpublished came between open and flock
+                return self
+            os.close(self._lock)
+
+    def publish(self, path: str, *, step: str, replace: bool = True) -> bool:
+        """Make the file durable, then visible.
+
+        Args:
+            path: The final name, relative to the store's root.
+            step: Name of the durable step, for `crash_point`.
+            replace: Whether a file of that name gives way.
+
+        Returns:
+            False if there was one and it did not give way.
+        """
+        target = self._store._resolve(path)
+        os.fsync(self._lock)
+        crash_point(step)
+        _make_folder(target.parent)
+        if replace:
+            self.path.replace(target)
+        elif not _publish_if_absent(self.path, target):
+            return False
+        _flush_folder(target.parent)
+        crash_point(f"{step}.after")
+        return True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def _publish_if_absent(source: Path, target: Path) -> bool:
+    """Atomic on local file systems and NFS by link(2); where there are no links, by renameat2(RENAME_NOREPLACE)."""
+    try:
+        os.link(source, target)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    return _rename_if_absent(source, target)
+
+
+def _rename_if_absent(source: Path, target: Path) -> bool:
+    at_working_folder, no_replace = -100, 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.renameat2(
+        at_working_folder, os.fsencode(source), at_working_folder, os.fsencode(target), ctypes.c_uint(no_replace)
+    )
+    if result == 0:
+        return True
+    code = ctypes.get_errno()
+    if code == errno.EEXIST:
+        return False
+    raise OSError(
+        code, f"this file system cannot create a file only if it is absent ({os.strerror(code)})", str(target)
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "a file stands where a folder is needed", str(folder)) from None
+    _flush_folder(folder.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamprep import plugins
+from streamprep.errors import UserError
+from streamprep.sources import list_dataset
+from streamprep.sources._files import Skipped
+from streamprep.types import RawSample
+
+SOURCES = plugins.names("streamprep.sources")
+CAPTIONS = {"b.mp4": "a ball", "a.mov": "an apple", "deep/down/c.MKV": "a cat"}
+
+MakeDataset = Callable[..., Path]
+
+
+@pytest.fixture
+def make_merged(make_dataset: MakeDataset) -> Callable[..., Path]:
+    """``make_merged(rows, files)``: the JSON as given, the files as named."""
+
+    def make(rows: Any, files: tuple[str, ...] = ("a.mp4",)) -> Path:
+        root = make_dataset("merged", dict.fromkeys(files, ""))
+        (root / "videos2caption.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        return root
+
+    return make
+
+
+def only(samples: list[RawSample]) -> RawSample:
+    (sample,) = samples
+    return sample
+
+
+# --- the contract of every source
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_source_lists_every_video_with_its_caption(make_dataset: MakeDataset, layout: str) -> None:
+    root = make_dataset(layout, CAPTIONS)
+    listing = list_dataset(root, layout)
+    assert [(sample.key, sample.file_name, sample.captions) for sample in listing.samples] == [
+        ("a", "a.mov", ("an apple",)),
+        ("b", "b.mp4", ("a ball",)),
+        ("deep/down/c", "deep/down/c.MKV", ("a cat",)),
+    ]
+    for sample in listing.samples:
+        status = (root / sample.path).stat()
+        assert (sample.size_bytes, sample.version) == (status.st_size, str(status.st_mtime_ns))
+    assert listing.skipped == []
+    assert list_dataset(root, layout).samples == listing.samples
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_source_is_recognised(make_dataset: MakeDataset, layout: str) -> None:
+    root = make_dataset(layout, CAPTIONS)
+    assert list_dataset(root, "auto").samples == list_dataset(root, layout).samples
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_source_does_not_recognise_an_empty_folder(tmp_path: Path, layout: str) -> None:
+    assert not plugins.load("streamprep.sources", layout).matches(tmp_path)
+    with pytest.raises(UserError, match=r"is missing|lists no videos"):
+        list_dataset(tmp_path, layout)
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_source_changes_a_samples_version_with_its_bytes(make_dataset: MakeDataset, layout: str) -> None:
+    root = make_dataset(layout, {"a.mp4": "an apple"})
+    before = only(list_dataset(root, layout).samples)
+    os.utime(root / before.path, (0, 0))
+    assert only(list_dataset(root, layout).samples).version != before.version
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_two_videos_of_one_key_are_refused(make_dataset: MakeDataset, layout: str) -> None:
+    root = make_dataset(layout, {"a.mp4": "an apple", "a.mov": "another", "b.mp4": ""})
+    with pytest.raises(UserError, match=r"'a\.mp4' and 'a\.mov' have the same key 'a'|'a\.mov' and 'a\.mp4' have"):
+        list_dataset(root, layout)
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_link_inside_the_dataset_is_followed(make_dataset: MakeDataset, layout: str) -> None:
+    root = make_dataset(layout, CAPTIONS)
+    path = root / only([sample for sample in list_dataset(root, layout).samples if sample.key == "a"]).path
+    (root / "kept").mkdir()
+    path.rename(root / "kept" / "original")
+    path.symlink_to(root / "kept" / "original")
+    linked = [sample for sample in list_dataset(root, layout).samples if sample.key == "a"]
+    assert only(linked).size_bytes == len("a.mov")
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_link_out_of_the_dataset_is_refused(make_dataset: MakeDataset, tmp_path: Path, layout: str) -> None:
+    root = make_dataset(layout, CAPTIONS)
+    path = root / list_dataset(root, layout).samples[0].path
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=rf"a\.mov is a link to {tmp_path}/outside, outside the dataset: copy it in"):
+        list_dataset(root, layout)
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_pipe_in_the_place_of_a_video_is_refused(make_dataset: MakeDataset, layout: str) -> None:
+    root = make_dataset(layout, CAPTIONS)
+    path = root / list_dataset(root, layout).samples[0].path
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"a\.mov is not a regular file"):
+        list_dataset(root, layout)
+
+
+# --- which layout
+
+
+def test_the_more_particular_layout_wins(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"videos/a.mp4": "folder"})
+    assert only(list_dataset(root, "auto").samples).captions == ("folder",)
+    make_dataset("raw", {"a.mp4": "raw"})
+    assert only(list_dataset(root, "auto").samples).captions == ("raw",)
+    make_dataset("merged", {"a.mp4": "merged"})
+    assert only(list_dataset(root, "auto").samples).captions == ("merged",)
+    assert only(list_dataset(root, "raw").samples).captions == ("raw",)
+
+
+def test_a_folder_of_no_layout_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"none of the layouts merged, raw, folder: no videos2caption\.json"):
+        list_dataset(tmp_path, "auto")
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        list_dataset(tmp_path / "nowhere", "auto")
+
+
+def test_an_unknown_layout_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no source 'mergd'; one of .*folder, merged, raw"):
+        list_dataset(tmp_path, "mergd")
+
+
+# --- missing files
+
+
+@pytest.mark.parametrize(("total", "missing"), [(21, 20), (500, 25)])
+def test_a_few_missing_videos_are_skipped(make_merged: Callable[..., Path], total: int, missing: int) -> None:
+    rows = [{"path": f"{number:03d}.mp4", "cap": ""} for number in range(total)]
+    root = make_merged(rows, tuple(row["path"] for row in rows[missing:]))
+    listing = list_dataset(root, "merged")
+    assert len(listing.samples) == total - missing
+    assert listing.skipped == [Skipped(file_name=row["path"], reason="missing") for row in rows[:missing]]
+
+
+@pytest.mark.parametrize(("total", "missing"), [(3, 3), (22, 21), (500, 26)])
+def test_many_missing_videos_are_refused(make_merged: Callable[..., Path], total: int, missing: int) -> None:
+    rows = [{"path": f"{number:03d}.mp4", "cap": ""} for number in range(total)]
+    root = make_merged(rows, tuple(row["path"] for row in rows[missing:]))
+    with pytest.raises(UserError, match=rf"{missing} of {total} listed videos are missing, the first is '000\.mp4'"):
+        list_dataset(root, "merged")
+
+
+def test_a_dangling_link_is_a_missing_video(make_merged: Callable[..., Path]) -> None:
+    root = make_merged([{"path": "a.mp4", "cap": ""}, {"path": "b.mp4", "cap": ""}])
+    (root / "videos" / "b.mp4").symlink_to("nowhere")
+    assert list_dataset(root, "merged").skipped == [Skipped(file_name="b.mp4", reason="missing")]
+
+
+# --- merged
+
+
+def test_a_caption_is_a_string_or_a_list_of_strings(make_merged: Callable[..., Path]) -> None:
+    root = make_merged([{"path": "a.mp4", "cap": "one"}, {"path": "b.mp4", "cap": ["one", "two"]}], ("a.mp4", "b.mp4"))
+    assert [sample.captions for sample in list_dataset(root, "merged").samples] == [("one",), ("one", "two")]
+
+
+def test_columns_of_the_video_are_declared_and_others_kept(make_merged: Callable[..., Path]) -> None:
+    row = {"path": "a.mp4", "cap": "x", "fps": 24, "num_frames": 3, "resolution": {"width": 8}, "duration": None}
+    sample = only(list_dataset(make_merged([row | {"score": 0.5, "text": "kept"}]), "merged").samples)
+    assert sample.declared == {"fps": 24, "num_frames": 3, "resolution": {"width": 8}}
+    assert sample.extra == {"score": 0.5, "text": "kept"}
+
+
+def test_columns_may_be_missing(make_merged: Callable[..., Path]) -> None:
+    sample = only(list_dataset(make_merged([{"path": "a.mp4", "cap": "x"}]), "merged").samples)
+    assert (sample.declared, sample.extra) == ({}, {})
+
+
+def test_nan_is_an_empty_cell(make_merged: Callable[..., Path]) -> None:
+    # json.dump writes NaN for pandas' empty cells; packing crashed on it, as it is no JSON.
+    root = make_merged('[{"path": "a.mp4", "cap": "x", "fps": NaN, "score": NaN}]')
+    sample = only(list_dataset(root, "merged").samples)
+    assert (sample.declared, sample.extra) == ({}, {"score": None})
+
+
+def test_a_json_with_a_byte_order_mark_is_read(make_merged: Callable[..., Path]) -> None:
+    root = make_merged('\ufeff[{"path": "a.mp4", "cap": "x"}]')
+    assert only(list_dataset(root, "merged").samples).captions == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("[{", "videos2caption.json is not JSON in UTF-8: "),
+        ("[" * 100_000, "videos2caption.json is not JSON in UTF-8: "),
+        ({"a.mp4": "x"}, "must hold a list of objects with 'path' and 'cap', got a dict"),
+        (["a.mp4"], "entry 0: an object with 'path' and 'cap' is needed, got 'a.mp4'"),
+        ([{"cap": "x"}], "entry 0: an object with 'path' and 'cap' is needed, got {'cap': 'x'}"),
+        ([{"path": 7, "cap": "x"}], "entry 0: an object with 'path' and 'cap' is needed"),
+        ([{"path": "a.mp4"}], "entry 0: 'a.mp4' has no 'cap'"),
+        ([{"path": "a.mp4", "cap": 7}], "entry 0: the caption must be a string or a list of strings, got 7"),
+        ([{"path": "a.mp4", "cap": ["x", None]}], "must be a string or a list of strings, got ['x', None]"),
+        ([{"path": "a.mp4", "cap": "x", "fps": "24"}], "entry 0: fps must be a positive number, got '24'"),
+        ([{"path": "a.mp4", "cap": "x", "fps": 0}], "entry 0: fps must be a positive number, got 0"),
+        ([{"path": "a.mp4", "cap": "x", "num_frames": True}], "num_frames must be a positive number, got True"),
+        ([], "lists no videos"),
+    ],
+)
+def test_a_json_of_another_shape_is_refused(make_merged: Callable[..., Path], rows: Any, message: str) -> None:
+    root = make_merged(rows)
+    with pytest.raises(UserError, match=re.escape(message)):
+        list_dataset(root, "merged")
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname.mp4", "../a.mp4", "b/../../a.mp4", "https://example.com/a.mp4", "a\0.mp4", "\ud800.mp4"]
+)
+def test_a_path_that_leaves_the_dataset_is_refused(make_merged: Callable[..., Path], path: str) -> None:
+    root = make_merged([{"path": path, "cap": "x"}, {"path": "a.mp4", "cap": "x"}])
+    with pytest.raises(UserError, match=re.escape(f"the video {path!r} is not a relative path inside the dataset")):
+        list_dataset(root, "merged")
+
+
+@pytest.mark.parametrize("name", ["clip", "clip.", ".mp4", "a.d/clip", "clip.json", "clip.TXT", "clip.a b", "clip.é"])
+def test_a_video_needs_an_extension_that_a_member_can_have(make_merged: Callable[..., Path], name: str) -> None:
+    # A shard has KEY.json and KEY.txt of its own; a path without an extension became a member KEY.videos/KEY.
+    root = make_merged([{"path": name, "cap": "x"}], (name,))
+    with pytest.raises(UserError, match=re.escape(f"the video {name!r} needs a video's extension, such as .mp4")):
+        list_dataset(root, "merged")
+
+
+def test_a_folder_in_the_place_of_a_video_is_refused(make_merged: Callable[..., Path]) -> None:
+    root = make_merged([{"path": "sub.mp4", "cap": "x"}], ("sub.mp4/a.mp4",))
+    with pytest.raises(UserError, match=r"sub\.mp4 is not a regular file"):
+        list_dataset(root, "merged")
+
+
+def test_a_video_too_large_for_a_tar_is_refused(make_merged: Callable[..., Path]) -> None:
+    root = make_merged([{"path": "a.mp4", "cap": "x"}])
+    os.truncate(root / "videos" / "a.mp4", 2**33 - 1)
+    assert only(list_dataset(root, "merged").samples).size_bytes == 2**33 - 1
+    os.truncate(root / "videos" / "a.mp4", 2**33)
+    with pytest.raises(UserError, match=r"'a\.mp4' is of 8589934592 bytes, shards hold less than 8 GiB"):
+        list_dataset(root, "merged")
+
+
+# --- raw
+
+
+def test_a_raw_line_may_start_with_the_videos_folder(make_dataset: MakeDataset) -> None:
+    root = make_dataset("raw", {"a.mp4": "an apple", "b.mp4": "a ball"})
+    (root / "videos.txt").write_bytes(b"\xef\xbb\xbfvideos/a.mp4\r\nb.mp4\r\n")  # as editors on Windows write it
+    assert [(sample.file_name, sample.path) for sample in list_dataset(root, "raw").samples] == [
+        ("a.mp4", "videos/a.mp4"),
+        ("b.mp4", "videos/b.mp4"),
+    ]
+
+
+def test_the_last_raw_prompt_may_be_empty_and_blank_lines_may_follow(make_dataset: MakeDataset) -> None:
+    root = make_dataset("raw", {"a.mp4": "an apple", "b.mp4": ""})
+    for end in "", "\n", "\n\n":
+        (root / "videos.txt").write_text(f"a.mp4\nb.mp4\n{end}")
+        (root / "prompt.txt").write_text(f"an apple\n\n{end}")
+        assert [sample.captions for sample in list_dataset(root, "raw").samples] == [("an apple",), ("",)]
+
+
+def test_raw_videos_may_lie_beside_their_list(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    (tmp_path / "videos.txt").write_text("a.mp4")
+    (tmp_path / "prompt.txt").write_text("an apple")
+    assert only(list_dataset(tmp_path, "raw").samples).path == "a.mp4"
+
+
+@pytest.mark.parametrize(
+    ("videos", "prompts", "message"),
+    [
+        (b"a.mp4\nb.mp4\n", b"one\n", "videos.txt has 2 lines and prompt.txt has 1; line n of one is for line n"),
+        (b"a.mp4\n\nb.mp4\n", b"1\n2\n3\n", "videos.txt has an empty line"),
+        (b"", b"", "lists no videos"),
+        (b"a.mp4", b"\xff\n", "prompt.txt is not UTF-8"),
+        (b"../a.mp4", b"1", "'../a.mp4' is not a relative path inside the dataset"),
+        (b"/proc/version", b"1", "'/proc/version' is not a relative path inside the dataset"),
+    ],
+)
+def test_raw_lists_that_do_not_fit_are_refused(
+    make_dataset: MakeDataset, videos: bytes, prompts: bytes, message: str
+) -> None:
+    root = make_dataset("raw", {"a.mp4": ""})
+    (root / "videos.txt").write_bytes(videos)
+    (root / "prompt.txt").write_bytes(prompts)
+    with pytest.raises(UserError, match=re.escape(message)):
+        list_dataset(root, "raw")
+
+
+def test_raw_without_its_prompts_is_refused(make_dataset: MakeDataset) -> None:
+    root = make_dataset("raw", {"a.mp4": ""})
+    (root / "prompt.txt").unlink()
+    with pytest.raises(UserError, match=r"prompt\.txt is missing"):
+        list_dataset(root, "raw")
+
+
+# --- folder
+
+
+def test_a_folders_json_goes_before_its_txt(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": "text"})
+    (root / "a.json").write_text('{"fps": 24, "score": 1}')
+    sample = only(list_dataset(root, "folder").samples)
+    assert (sample.captions, sample.declared, sample.extra) == (("text",), {"fps": 24}, {"score": 1})
+    (root / "a.json").write_text('{"caption": "json", "fps": 24}')
+    assert only(list_dataset(root, "folder").samples).captions == ("json",)
+
+
+def test_a_video_without_a_caption_has_none(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": " \n", "b.mp4": ""})
+    (root / "b.txt").unlink()
+    assert [sample.captions for sample in list_dataset(root, "folder").samples] == [(), ()]
+
+
+def test_hidden_files_and_files_of_other_kinds_are_no_videos(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": "", ".hidden.mp4": "", ".cache/b.mp4": "", "c.jpg": "", "mp4": ""})
+    assert [sample.key for sample in list_dataset(root, "folder").samples] == ["a"]
+
+
+def test_a_file_name_that_is_not_utf_8_is_listed(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {os.fsdecode(b"caf\xe9.mp4"): "coffee"})
+    sample = only(list_dataset(root, "folder").samples)
+    assert (sample.key, sample.file_name, sample.captions) == ("caf%E9", r"caf\xe9.mp4", ("coffee",))
+    assert (root / sample.path).is_file()
+
+
+def test_a_linked_folder_is_refused_not_passed_over(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset("folder", {"a.mp4": ""})
+    (tmp_path / "more").mkdir()
+    (root / "more").symlink_to(tmp_path / "more")
+    with pytest.raises(UserError, match="more is a link to a folder, which is not followed"):
+        list_dataset(root, "folder")
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": ""})
+    handle = os.open(root, os.O_RDONLY)
+    for _ in range(20):  # nested too deep to be opened by its path, which even root cannot get round
+        os.mkdir("d" * 250, dir_fd=handle)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = inner
+    os.close(handle)
+    with pytest.raises(OSError, match="File name too long"):
+        list_dataset(root, "folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"{", "a.json is not JSON in UTF-8"),
+        ("a.json", b"[]", "a.json must hold an object, got a list"),
+        ("a.json", b'{"caption": 7}', "a.json: the caption must be a string or a list of strings, got 7"),
+        ("a.json", b'{"duration": -1}', "a.json: duration must be a positive number, got -1"),
+        ("a.txt", b"\xff", "a.txt is not UTF-8"),
+    ],
+)
+def test_a_caption_file_that_cannot_be_read_is_refused(
+    make_dataset: MakeDataset, name: str, content: bytes, message: str
+) -> None:
+    root = make_dataset("folder", {"a.mp4": ""})
+    (root / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        list_dataset(root, "folder")
