@@ -1,0 +1,225 @@
+"""FastVideo's combined Parquet schema, readable by its unchanged trainers, laid out so that they read it fast.
+
+Columns, types and order are those of ``fastvideo/dataset/dataloader/schema.py``. Every tensor ``X`` is three columns:
+``X_bytes``, ``X_shape``, ``X_dtype``; its reader takes all bytes for float32 whatever ``X_dtype`` says, so all are.
+
+Its reader loads a whole row group for every row, and its writer puts 64 rows into one. Here a row group is one row,
+uncompressed, without dictionary, and without statistics on the blobs: the reader becomes about 70 times faster, and
+writing costs about as much as writing the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from streamprep import canonical
+from streamprep.storage import PendingFile, Store
+from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
+
+FOLDER = "combined_parquet_dataset"
+MAX_FILE_BYTES = 512 * 10**6
+TENSORS = {"t2v": ("vae_latent", "text_embedding")}
+"""The tensors of each workload, in the schema's order."""
+
+
+def schema(workload: str) -> pa.Schema:
+    """FastVideo's schema for a workload: ``pyarrow_schema_t2v``."""
+    triplets = [
+        field
+        for name in TENSORS[workload]
+        for field in (
+            pa.field(f"{name}_bytes", pa.binary()),
+            pa.field(f"{name}_shape", pa.list_(pa.int64())),
+            pa.field(f"{name}_dtype", pa.string()),
+        )
+    ]
+    metadata = [
+        pa.field("file_name", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("media_type", pa.string()),
+        pa.field("width", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("num_frames", pa.int64()),
+        pa.field("duration_sec", pa.float64()),
+        pa.field("fps", pa.float64()),
+    ]
+    return pa.schema([pa.field("id", pa.string()), *triplets, *metadata])
+
+
+def open_shard(
+    store: Store, name: str, *, workload: str, samples_per_file: int, contract: Mapping[str, Any]
+) -> FastVideoWriter:
+    """A writer of one unit.
+
+    Args:
+        store: The output.
+        name: The unit; files are ``combined_parquet_dataset/NAME-NNNNN-SHA256.parquet``.
+        workload: Which schema.
+        samples_per_file: Most rows in a file; a file also ends at 512 MB.
+        contract: Goes into every file's metadata.
+    """
+    return FastVideoWriter(store, name, workload=workload, samples_per_file=samples_per_file, contract=contract)
+
+
+class FastVideoWriter:
+    """Writes samples as rows, a file at a time; nothing is visible before `close`."""
+
+    def __init__(
+        self, store: Store, name: str, *, workload: str, samples_per_file: int, contract: Mapping[str, Any]
+    ) -> None:
+        self._store, self._name, self._samples_per_file = store, name, samples_per_file
+        self._tensor_names = TENSORS[workload]
+        self._schema = schema(workload).with_metadata({"streamprep.contract": canonical.to_json(contract)})
+        self._pending = ExitStack()
+        self._open: _OpenFile | None = None
+        self._finished: list[tuple[PendingFile, WrittenFile]] = []
+
+    def write(self, sample: EncodedSample) -> None:
+        """Add one row."""
+        if self._open is None:
+            self._open = _OpenFile(self._pending.enter_context(self._store.new_file()), self._schema)
+        self._open.write(sample, self._tensor_names)
+        if len(self._open.samples) >= self._samples_per_file or self._open.size_bytes >= MAX_FILE_BYTES:
+            self._finish_file()
+
+    def close(self) -> list[WrittenFile]:
+        """Publish the files."""
+        if self._open is not None:
+            self._finish_file()
+        for pending, written in self._finished:
+            pending.publish(written.name, step="data")
+        self._pending.close()
+        return [written for _, written in self._finished]
+
+    def __enter__(self) -> FastVideoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open is not None:
+            self._open.abandon()
+        self._pending.close()
+
+    def _finish_file(self) -> None:
+        assert self._open is not None
+        rows = self._open.finish(self._tensor_names)
+        path = self._open.file.path
+        sha256 = canonical.file_digest(path)
+        name = f"{FOLDER}/{self._name}-{len(self._finished):05d}-{sha256[:8]}.parquet"
+        written = WrittenFile(name=name, size_bytes=path.stat().st_size, sha256=sha256, rows=rows)
+        self._finished.append((self._open.file, written))
+        self._open = None
+
+
+class _OpenFile:
+    """A Parquet file being written."""
+
+    def __init__(self, file: PendingFile, file_schema: pa.Schema) -> None:
+        self.file = file
+        self.samples: list[tuple[str, str]] = []  # key, bucket
+        self.shapes: list[dict[str, tuple[int, ...]]] = []
+        self.size_bytes = 0
+        self._schema = file_schema
+        self._metadata: list[Any] = []
+        small = [field.name for field in file_schema if not _is_tensor_column(field.name)]
+        self._writer = pq.ParquetWriter(
+            file.path,
+            file_schema,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=small,
+            metadata_collector=self._metadata,
+        )
+
+    def write(self, sample: EncodedSample, tensor_names: tuple[str, ...]) -> None:
+        arrays = {name: np.ascontiguousarray(sample.tensors[name].float().numpy()) for name in tensor_names}
+        self._writer.write_table(_row(sample, arrays, self._schema), row_group_size=1)
+        self.samples.append((sample.key, sample.bucket))
+        self.shapes.append({name: array.shape for name, array in arrays.items()})
+        self.size_bytes += sum(array.nbytes for array in arrays.values())
+
+    def finish(self, tensor_names: tuple[str, ...]) -> tuple[WrittenRow, ...]:
+        """End the file and say where every tensor lies."""
+        self._writer.close()
+        (metadata,) = self._metadata
+        columns = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+        return tuple(
+            WrittenRow(
+                key=key,
+                bucket=bucket,
+                row_group=number,
+                tensors={
+                    name: _location(metadata.row_group(number).column(columns[f"{name}_bytes"]), shapes[name])
+                    for name in tensor_names
+                },
+            )
+            for number, ((key, bucket), shapes) in enumerate(zip(self.samples, self.shapes, strict=True))
+        )
+
+    def abandon(self) -> None:
+        self._writer.close()
+
+
+def _row(sample: EncodedSample, arrays: Mapping[str, np.ndarray[Any, Any]], row_schema: pa.Schema) -> pa.Table:
+    columns: dict[str, Any] = {
+        "id": [sample.id],
+        "file_name": [sample.file_name],
+        "caption": [sample.caption],
+        "media_type": ["video"],
+        "width": [sample.width],
+        "height": [sample.height],
+        "num_frames": [arrays["vae_latent"].shape[1]],  # latent frames: what FastVideo's own writers put here
+        "duration_sec": [sample.num_frames / sample.train_fps],
+        "fps": [sample.source_fps],
+    }
+    for name, array in arrays.items():
+        columns[f"{name}_bytes"] = _binary(array)
+        columns[f"{name}_shape"] = [list(array.shape)]
+        columns[f"{name}_dtype"] = [str(array.dtype)]
+    return pa.table(
+        [
+            pa.array(columns[f.name], f.type) if isinstance(columns[f.name], list) else columns[f.name]
+            for f in row_schema
+        ],
+        schema=row_schema,
+    )
+
+
+def _binary(array: np.ndarray[Any, Any]) -> pa.Array:
+    """One binary value over the array's own memory; Python ``bytes`` would cost a copy."""
+    offsets = np.array([0, array.nbytes], dtype=np.int32)
+    return pa.BinaryArray.from_buffers(pa.binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(array)])
+
+
+def _location(chunk: Any, shape: tuple[int, ...]) -> TensorLocation:
+    """A blob in a one-row, uncompressed, plainly encoded chunk: the chunk's last bytes."""
+    size = 4 * int(np.prod(shape))
+    end = chunk.data_page_offset + chunk.total_compressed_size
+    return TensorLocation(offset=end - size, size=size, dtype="float32", shape=tuple(shape))
+
+
+def _is_tensor_column(name: str) -> bool:
+    return name.endswith("_bytes")
+
+
+def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, np.ndarray[Any, Any]]]]:
+    """The rows of a file as a stranger's Parquet reader sees them: (id, tensors by name), a row at a time."""
+    with store.open(name) as file:
+        parquet = pq.ParquetFile(file)
+        for number in range(parquet.num_row_groups):
+            for row in parquet.read_row_group(number).to_pylist():
+                tensors = {
+                    column.removesuffix("_bytes"): _array(row, column.removesuffix("_bytes"))
+                    for column in row
+                    if _is_tensor_column(column)
+                }
+                yield row["id"], tensors
+
+
+def _array(row: Mapping[str, Any], name: str) -> np.ndarray[Any, Any]:
+    return np.frombuffer(row[f"{name}_bytes"], dtype=row[f"{name}_dtype"]).reshape(row[f"{name}_shape"])

@@ -1,0 +1,60 @@
+"""Model families, one module for each, found by the pipeline class that ``model_index.json`` names.
+
+A family's module has ``PIPELINES`` and ``load_encoder(model, ...) -> Encoder``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from streamprep import plugins
+from streamprep.contract import LatentContract
+from streamprep.errors import UserError
+from streamprep.models import ModelFolder, find_model
+from streamprep.types import ClipBatch
+
+_GROUP = "streamprep.encoders"
+
+
+class Encoder(Protocol):
+    """One model, ready to encode after `load`."""
+
+    contract: LatentContract
+    """What the tensors mean; known before any weight is loaded."""
+
+    def load(self) -> None:
+        """Load the weights."""
+
+    def encode_text(self, captions: Sequence[str]) -> list[Tensor]:
+        """For each caption ``text_embedding``: (L, D) float32 on the CPU."""
+
+    def encode_batch(self, batch: ClipBatch) -> list[dict[str, Tensor]]:
+        """For each clip its tensors by name, float32 on the CPU."""
+
+
+def open_encoder(model_path: str, **options: Any) -> Encoder:
+    """The encoder for a model, by its pipeline class; no weights are loaded.
+
+    Args:
+        model_path: A local folder or a hub id.
+        **options: For the family's ``load_encoder``.
+
+    Raises:
+        UserError: if no family knows the model.
+    """
+    model = find_model(model_path, components=("vae", "text_encoder", "tokenizer"))
+    return _family(model).load_encoder(model, **options)  # type: ignore[no-any-return]
+
+
+def _family(model: ModelFolder) -> Any:
+    pipeline = model.config("model_index.json").get("_class_name")
+    known: dict[str, str] = {}
+    for name in plugins.names(_GROUP):
+        module = plugins.load(_GROUP, name)
+        if pipeline in module.PIPELINES:
+            return module
+        known |= dict.fromkeys(module.PIPELINES, name)
+    raise UserError(f"{model.name} is a {pipeline}; known are {', '.join(sorted(known))}")
