@@ -39,6 +39,11 @@ class Verb:
 
 VERBS = {
     "pack": Verb(configs.PackConfig, "streamprep.verbs:pack", "raw videos and captions -> tar shards"),
+    "encode": Verb(configs.EncodeConfig, "streamprep.verbs:encode", "shards -> latents and embeddings"),
+    "run": Verb(configs.RunConfig, "streamprep.verbs:run", "pack + encode"),
+    "status": Verb(configs.StatusConfig, "streamprep.verbs:status", "how far a job is"),
+    "verify": Verb(configs.VerifyConfig, "streamprep.verbs:verify", "check an output, or shards, against its records"),
+    "finalize": Verb(configs.FinalizeConfig, "streamprep.verbs:finalize", "finish a job by hand"),
 }
 
 
@@ -118,7 +123,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "example: streamprep pack my_dataset my_shards",
+            "example: streamprep run my_dataset out --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         )
     )
 

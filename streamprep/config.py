@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -20,9 +20,10 @@ class PackConfig:
     Example: streamprep pack my_dataset my_shards
 
     Running the same command again goes on where it was stopped. The shards depend on the dataset and the options
-    alone, not on the number of workers.
+    alone, not on the number of workers. Every flag may stand in a TOML file given by --config.
     """
 
+    POSITIONAL: ClassVar = ("dataset", "shards")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
     """Folder with the videos and captions."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
@@ -42,10 +43,173 @@ class PackConfig:
         _at_least(0, num_workers=self.num_workers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """How to encode; shared by `encode` and `run`."""
+
+    model_path: str
+    """Diffusers model: a local folder or a hub id."""
+    workload_type: Literal["t2v"] = "t2v"
+    """What the latents are to train: t2v (text to video)."""
+    max_height: Annotated[int, arg(aliases=("--height",))] = 480
+    """Height of the encoded frames in pixels, exactly."""
+    max_width: Annotated[int, arg(aliases=("--width",))] = 832
+    """Width of the encoded frames in pixels, exactly."""
+    num_frames: int = 77
+    """Frames in a clip; the model family has a rule for them (Wan: 4k+1)."""
+    train_fps: Annotated[float, arg(aliases=("--fps",))] = 16.0
+    """Rate to sample frames at, per second."""
+    video_length_tolerance_range: float | None = None
+    """Drop videos longer than this many times num_frames / train_fps x speed_factor seconds; by default none."""
+    speed_factor: float = 1.0
+    """See video_length_tolerance_range."""
+    max_samples: int | None = None
+    """Encode only the first so many."""
+    clean_captions: bool = True
+    """Clean captions as the model's pipeline does (ftfy, HTML entities, white space). FastVideo does not."""
+    negative_prompt: str = ""
+    """Also encode this prompt, beside the empty one, for guidance."""
+    exporter: str = "fastvideo"
+    """Output format."""
+    samples_per_file: int = 64
+    """Most rows in an output file."""
+    preprocess_video_batch_size: Annotated[int, arg(aliases=("--batch-size",))] = 2
+    """Clips the VAE encodes at once."""
+    text_batch_size: int = 8
+    """Captions the text encoder encodes at once."""
+    video_loader_type: Literal["torchcodec"] = "torchcodec"
+    """Video decoder."""
+    dataloader_num_workers: Annotated[int, arg(aliases=("--num-workers",))] = 0
+    """Decoding processes; 0 chooses by the number of cores."""
+    decode_timeout: float = 120.0
+    """Seconds one clip may take to decode, before its process is killed."""
+    decode_memory_mb: int = 4096
+    """MiB a decoding process may take beyond what it starts with."""
+    max_pixels: int = 8192 * 8192
+    """Larger source frames are refused."""
+    max_bad_fraction: float = 0.05
+    """Stop when more than this share of the samples, and more than 20, are bad: then the settings are wrong."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    encode_threads: int = 0
+    """Threads of the encoder on the CPU; 0 is one for each core, or what the job began with."""
+    seed: int = 42
+    """For whatever is random; with the settings there are now nothing is."""
+    full_digest: bool = False
+    """Tell models apart by all bytes of their weights instead of the ends of every tensor."""
+    serial: bool = False
+    """Decode, encode and write one after the other in this process; for debugging, the output is the same."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            max_height=self.max_height,
+            max_width=self.max_width,
+            num_frames=self.num_frames,
+            samples_per_file=self.samples_per_file,
+            preprocess_video_batch_size=self.preprocess_video_batch_size,
+            text_batch_size=self.text_batch_size,
+            max_pixels=self.max_pixels,
+            decode_memory_mb=self.decode_memory_mb,
+        )
+        _at_least(0, dataloader_num_workers=self.dataloader_num_workers, encode_threads=self.encode_threads)
+        _at_least(0, max_bad_fraction=self.max_bad_fraction)
+        _above_zero(train_fps=self.train_fps, speed_factor=self.speed_factor, decode_timeout=self.decode_timeout)
+        if self.video_length_tolerance_range is not None:
+            _above_zero(video_length_tolerance_range=self.video_length_tolerance_range)
+        if self.max_samples is not None:
+            _at_least(1, max_samples=self.max_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(EncodeSettings):
+    """Encode shards of raw videos into latents and text embeddings.
+
+    Example: streamprep encode my_shards out --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 77
+
+    Running the same command again goes on where it was stopped; with other settings it is refused, so that one folder
+    never mixes two kinds of latents. Every flag may stand in a TOML file given by --config.
+    """
+
+    POSITIONAL: ClassVar = ("shards", "out")
+    shards: Annotated[Positional[str], arg(metavar="SHARDS")]
+    """Folder that `streamprep pack` wrote."""
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """Folder for the latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(EncodeSettings):
+    """Pack a dataset and encode it.
+
+    Example: streamprep run my_dataset out --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 77
+
+    Running the same command again goes on where it was stopped. Every flag may stand in a TOML file given by --config.
+    """
+
+    POSITIONAL: ClassVar = ("dataset", "out")
+    dataset: Annotated[Positional[str], arg(metavar="DATASET")]
+    """Folder with the videos and captions."""
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """Folder for the latents."""
+    shards: str | None = None
+    """Folder for the shards; by default OUT/_streamprep/shards."""
+    dataset_type: str = "auto"
+    """Layout: merged, raw, folder or auto; see `streamprep pack --help`."""
+    shard_size_mb: int = 256
+    """Most MiB of video in a shard."""
+    shuffle: int | None = None
+    """Seed to shuffle the videos by before they are cut into shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Say how far a job is, and exit as the job would: 0 done, 3 too many bad samples, 4 resumable.
+
+    Example: streamprep status out
+    """
+
+    POSITIONAL: ClassVar = ("out",)
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """Output of `streamprep encode`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check every file against its digest and every row against the plan; exits 1 if anything is wrong.
+
+    Example: streamprep verify out
+    """
+
+    POSITIONAL: ClassVar = ("out",)
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """Output of `streamprep encode`, or shards of `streamprep pack`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalizeConfig:
+    """Finish a job whose units are all encoded: delete what no record names, write index and SUCCESS.json.
+
+    Example: streamprep finalize out
+
+    `encode` does this by itself at its end.
+    """
+
+    POSITIONAL: ClassVar = ("out",)
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """Output of `streamprep encode`."""
+
+
 def _at_least(limit: float, **fields: float) -> None:
     for name, value in fields.items():
         if value < limit:
             raise UserError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}")
+
+
+def _above_zero(**fields: float) -> None:
+    for name, value in fields.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
 
 
 def with_file_defaults(config: type, arguments: Sequence[str]) -> list[str]:
@@ -75,17 +239,20 @@ def _read_flags(config: type, path: Path) -> list[str]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the settings of {path}: {error}") from error
-    names = {field.name for field in fields(config)}
+    positional: tuple[str, ...] = config.POSITIONAL  # type: ignore[attr-defined]
+    names = {field.name for field in fields(config)} - {*positional}
     flags = []
     for key, value in values.items():
         name = key.replace("-", "_")
+        if name in positional:
+            raise UserError(f"{path}: {key} is given on the command line, not in the file")
         if name not in names:
             raise UserError(f"{path}: no setting is called {key!r}; one of {', '.join(sorted(names))}")
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, (str, int, float)):
-            flags += [f"--{flag}", str(value)]
+            flags.append(f"--{flag}={value}")
         else:
             raise UserError(f"{path}: {key} must be a string, a number or a boolean, got {value!r}")
     return flags

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torchcodec.decoders import VideoDecoder
 
 _CHUNK_BYTES = 64 * 2**20
+_OUT_OF_MEMORY = ("bad_alloc", "not enough memory", "allocate memory", "aten::empty")  # what C++, torch, torchcodec say
 _NO_VIDEO_STREAM = ("No valid stream", "best video stream is unknown")  # as torchcodec puts it
 _CLOCK_SECONDS = 1e-4  # times that came by different sums are the same
 
@@ -110,10 +111,9 @@ def _open_decoder(video: bytes | memoryview, max_pixels: int) -> VideoDecoder:
     try:
         data = video if isinstance(video, bytes) else torch.frombuffer(video, dtype=torch.uint8)
         decoder = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1)
-    except MemoryError:
-        raise
     except (RuntimeError, ValueError, IndexError) as error:
-        _raise_if_out_of_memory(error)
+        if says_out_of_memory(error):
+            raise MemoryError(_first_line(error)) from error
         no_stream = any(text in str(error) for text in _NO_VIDEO_STREAM)
         reason = "no_video_stream" if no_stream else "decode_error"
         raise BadSample(reason, _first_line(error)) from error
@@ -157,10 +157,9 @@ def _chunks(decoder: VideoDecoder, wanted: _Wanted) -> Iterator[Tensor]:
     for start in range(0, len(wanted.indices), step):
         try:
             batch = decoder.get_frames_at(list(wanted.indices[start : start + step]))
-        except MemoryError:
-            raise
         except (RuntimeError, ValueError, IndexError) as error:
-            _raise_if_out_of_memory(error)
+            if says_out_of_memory(error):
+                raise MemoryError(_first_line(error)) from error
             raise BadSample("decode_error", _first_line(error)) from error
         for time, found in zip(wanted.times[start : start + step], batch.pts_seconds.tolist(), strict=True):
             if abs(found - time) > wanted.tolerance_seconds:
@@ -168,9 +167,9 @@ def _chunks(decoder: VideoDecoder, wanted: _Wanted) -> Iterator[Tensor]:
         yield batch.data
 
 
-def _raise_if_out_of_memory(error: Exception) -> None:
-    if "bad_alloc" in str(error) or "not enough memory" in str(error) or "Cannot allocate memory" in str(error):
-        raise MemoryError(_first_line(error)) from error
+def says_out_of_memory(error: Exception) -> bool:
+    """Whether this is about the machine and not about the video."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def _first_line(error: Exception) -> str:

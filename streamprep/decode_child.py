@@ -18,26 +18,24 @@ import os
 import resource
 import signal
 import socket
-import threading
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamprep.decode import decode_clip
+from streamprep.decode import decode_clip, says_out_of_memory
 from streamprep.errors import BadSample
 from streamprep.types import DecodeRequest
+from streamprep.watchdog import end_with_the_parent
 
 _MESSAGE_BYTES = 64 * 2**10
 _TRACEBACK_CHARACTERS = 8000  # the end; as JSON, at six bytes each, it still fits a message
 _CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_OUT_OF_MEMORY = ("bad_alloc", "not enough memory", "allocate memory", "aten::empty")
 """What messages say; the last is all that torchcodec 0.13 lets through of PyTorch's."""
 
 
@@ -52,7 +50,7 @@ class ChildProcess:
     def __init__(self, ring_fd: int, memory_bytes: int) -> None:
         context = multiprocessing.get_context("forkserver")
         # Imported once, in the server that children are forked from: they start in milliseconds instead of 3 s.
-        context.set_forkserver_preload(["streamprep.decode_child", "torchcodec.decoders"])
+        context.set_forkserver_preload(["streamprep.decode_child", "torchcodec.decoders", "av"])
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self.channel, [b"ring"], [ring_fd])
@@ -119,9 +117,11 @@ def slot_frames(ring: Tensor, offset: int, request: DecodeRequest) -> Tensor:
 
 def _serve(channel: socket.socket, memory_bytes: int) -> None:
     """The life of a child."""
-    import torchcodec.decoders  # noqa: F401 - before the limit, which counts from here
+    import av  # noqa: F401 - what decoding imports, before the limit, which counts from here
+    import torchcodec.decoders  # noqa: F401
 
-    _watch_signals_and_rank()
+    _leave_signals_to_the_rank()
+    end_with_the_parent()
     _forget_credentials()
     torch.set_num_threads(1)
     ring = _receive_ring(channel)
@@ -132,18 +132,9 @@ def _serve(channel: socket.socket, memory_bytes: int) -> None:
             pass
 
 
-def _watch_signals_and_rank() -> None:
+def _leave_signals_to_the_rank() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # PR_SET_PDEATHSIG would name the fork server, which is the parent of this process; the rank is not.
-    threading.Thread(target=_end_with_the_rank, daemon=True).start()
-
-
-def _end_with_the_rank() -> None:
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    wait([rank.sentinel])
-    os._exit(1)
 
 
 def _forget_credentials() -> None:
@@ -213,7 +204,7 @@ def _explain(error: Exception, memory_bytes: int) -> dict[str, str]:
 
 
 def _is_out_of_memory(error: Exception, memory_bytes: int) -> bool:
-    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+    if says_out_of_memory(error):
         return True
     # FFmpeg's H.264 decoder says "Invalid data found" when it gets no memory. Close to the limit that is what it means,
     # or nearly always: the rank asks a fresh child before it believes it.

@@ -18,11 +18,10 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +37,7 @@ from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing
 from streamprep.storage import Store, open_store
 from streamprep.types import RawSample
+from streamprep.watchdog import end_with_the_parent
 
 FORMAT = "streamprep-pack/1"
 SKIPPED = "skipped.jsonl"
@@ -146,13 +146,13 @@ def _pack_shards(
     root: Path, store: Store, shards: dict[int, list[RawSample]], num_workers: int
 ) -> Iterator[tuple[int, ShardInfo]]:
     """Pack the shards, several at a time, and yield each as it is done."""
-    workers = min(num_workers or os.cpu_count() or 1, len(shards))
+    workers = min(num_workers or len(os.sched_getaffinity(0)), len(shards))
     if workers <= 1:
         for number, samples in shards.items():
             yield number, pack_shard(root, store, _shard_name(number), samples)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # Not forkserver: a process has one, and decoding children want theirs with torchcodec loaded.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
         futures = {
             pool.submit(pack_shard, root, store, _shard_name(number), samples): number
@@ -170,14 +170,7 @@ def _pack_shards(
 def _follow_parent() -> None:
     """Ctrl-C goes to every process of the terminal: the parent decides. If it dies, a worker would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    end_with_the_parent()
 
 
 def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]) -> ShardInfo:
@@ -192,7 +185,7 @@ def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]
     with store.new_file() as file:
         with open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES) as target:
             tar = TarWriter(target)
-            packed = tuple(_pack_sample(root, tar, sample) for sample in samples)
+            packed = tuple(_add_sample(tar, read) for read in _read_ahead(root, samples))
             sha256 = tar.finish()
         file.publish(name, step="shard")
     index = ShardIndex(name=name, size_bytes=tar.size_bytes, sha256=sha256, samples=packed)
@@ -201,15 +194,45 @@ def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]
     return _info(index, data)
 
 
-def _pack_sample(root: Path, tar: TarWriter, sample: RawSample) -> ShardSample:
-    with open(root / sample.path, "rb") as file:
-        if os.fstat(file.fileno()).st_size != sample.size_bytes:
-            raise OSError(f"{root / sample.path} changed while it was packed; let it settle and pack into a new folder")
-        video = io.BytesIO(file.read()) if sample.size_bytes <= _KEEP_IN_MEMORY_BYTES else file
-        metadata = _metadata(sample, video)
-        members = {"json": _add_bytes(tar, f"{sample.key}.json", canonical.to_json(metadata))}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReadSample:
+    sample: RawSample
+    video: BinaryIO
+    """Its bytes in memory, or the file if it is large."""
+    metadata: dict[str, Any]
+    """The content of ``KEY.json``."""
+
+
+def _read_ahead(root: Path, samples: Sequence[RawSample]) -> Iterator[_ReadSample]:
+    """Read, hash and probe one sample while the one before it is hashed again and written: 1.5 times as fast."""
+    with ThreadPoolExecutor(1) as thread:
+        reading: Future[_ReadSample] | None = None
+        for sample in samples:
+            following = thread.submit(_read_sample, root, sample)
+            if reading is not None:
+                yield reading.result()
+            reading = following
+        if reading is not None:
+            yield reading.result()
+
+
+def _read_sample(root: Path, sample: RawSample) -> _ReadSample:
+    file = open(root / sample.path, "rb")  # noqa: SIM115 - a large one is read again when it is written
+    if os.fstat(file.fileno()).st_size != sample.size_bytes:
+        file.close()
+        raise OSError(f"{root / sample.path} changed while it was packed; let it settle and pack into a new folder")
+    if sample.size_bytes > _KEEP_IN_MEMORY_BYTES:
+        return _ReadSample(sample=sample, video=file, metadata=_metadata(sample, file))
+    with file:
+        video = io.BytesIO(file.read())
+    return _ReadSample(sample=sample, video=video, metadata=_metadata(sample, video))
+
+
+def _add_sample(tar: TarWriter, read: _ReadSample) -> ShardSample:
+    sample, metadata, extension = read.sample, read.metadata, read.metadata["extension"]
+    members = {"json": _add_bytes(tar, f"{sample.key}.json", canonical.to_json(metadata))}
+    with read.video as video:
         video.seek(0)
-        extension = metadata["extension"]
         members[extension] = tar.add(
             f"{sample.key}.{extension}",
             [video.getbuffer()] if isinstance(video, io.BytesIO) else _chunks(video),

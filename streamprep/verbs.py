@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from streamprep.config import PackConfig
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from streamprep.config import (
+    EncodeConfig,
+    EncodeSettings,
+    FinalizeConfig,
+    PackConfig,
+    RunConfig,
+    StatusConfig,
+    VerifyConfig,
+)
+from streamprep.job import PLAN, open_job
+from streamprep.manifest import MANIFEST
 from streamprep.pack import pack as pack_dataset
 from streamprep.progress import count, size
+from streamprep.storage import open_store
+
+if TYPE_CHECKING:
+    from streamprep.finalize import Totals
 
 
 def pack(config: PackConfig) -> int:
@@ -15,3 +33,72 @@ def pack(config: PackConfig) -> int:
         f"{size(manifest.size_bytes)} in {config.shards}"
     )
     return 0
+
+
+def encode(config: EncodeConfig) -> int:
+    """Encode and print the totals."""
+    from streamprep.encode import encode as encode_shards
+
+    _print_totals(encode_shards(config), config.out)
+    return 0
+
+
+def run(config: RunConfig) -> int:
+    """Pack, encode, print the totals."""
+    shards = config.shards or f"{config.out}/_streamprep/shards"
+    pack_dataset(
+        PackConfig(
+            dataset=config.dataset,
+            shards=shards,
+            dataset_type=config.dataset_type,
+            shard_size_mb=config.shard_size_mb,
+            shuffle=config.shuffle,
+        )
+    )
+    names = {field.name for field in fields(EncodeSettings)}
+    return encode(EncodeConfig(shards=shards, out=config.out, **{name: getattr(config, name) for name in names}))
+
+
+def status(config: StatusConfig) -> int:
+    """Print how far the job is; the exit code is the job's."""
+    from streamprep import status as job_status
+
+    current = open_job(open_store(config.out))
+    print("\n".join(job_status.describe(current)))
+    return job_status.exit_code(current)
+
+
+def verify(config: VerifyConfig) -> int:
+    """Check an output, or packed shards, and print what is wrong."""
+    from streamprep.verify import verify_job, verify_shards
+
+    store = open_store(config.out)
+    if store.exists(MANIFEST) and not store.exists(PLAN):
+        verdict = verify_shards(store)
+        what = f"{count(verdict.num_rows, 'video')} in {count(verdict.num_files, 'shard')}"
+    else:
+        verdict = verify_job(open_job(store))
+        what = f"{count(verdict.num_rows, 'row')} in {count(verdict.num_files, 'file')}"
+    for problem in verdict.problems:
+        print(f"WRONG {problem}")
+    print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}")
+    return 1 if verdict.problems else 0
+
+
+def finalize(config: FinalizeConfig) -> int:
+    """Finalize a job whose units are all done, and print the totals."""
+    from streamprep.finalize import finalize as finalize_job
+
+    _print_totals(finalize_job(open_job(open_store(config.out))), config.out)
+    return 0
+
+
+def _print_totals(totals: Totals, out: str) -> None:
+    print(f"{count(totals.num_rows, 'row')}, {count(totals.num_files, 'file')}, {size(totals.size_bytes)} in {out}")
+    for what, reasons in (("dropped", totals.dropped), ("bad", totals.bad)):
+        if reasons:
+            print(f"{what} {sum(reasons.values())}: {_by_reason(reasons)}")
+
+
+def _by_reason(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in reasons.items())

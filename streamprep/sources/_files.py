@@ -74,7 +74,9 @@ class Listing:
             self.skipped.append(Skipped(file_name=name, reason="missing"))
             return
         if status.st_size > MAX_MEMBER_BYTES:
-            raise UserError(f"{root}: the video {file_name!r} is of {status.st_size} bytes, shards hold less than 8 GiB")
+            raise UserError(
+                f"{root}: the video {file_name!r} is of {status.st_size} bytes, shards hold less than 8 GiB"
+            )
         self.samples.append(
             RawSample(
                 key=key_of(file_name),

@@ -1,7 +1,7 @@
 """A folder of videos, each with its caption beside it: ``a.mp4`` with ``a.txt`` or ``a.json``, at any depth.
 
 The ``.txt`` is the caption as a whole. The ``.json`` is an object whose ``caption`` (or cap, captions, text, prompt)
-is a string or a list; ``fps``, ``num_frames``, ``duration`` and ``resolution`` are checked against the file; all else
+is a string or a list; ``fps`` and ``num_frames`` are checked against the file; all else
 is kept. Where both have a caption, the ``.json`` counts. A video without either has no caption.
 """
 

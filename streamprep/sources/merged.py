@@ -1,7 +1,7 @@
 """FastVideo's "merged" layout: ``videos/`` and ``videos2caption.json``.
 
 The JSON is a list of objects. ``path`` (below ``videos/``) and ``cap`` (a string or a list of strings) are required;
-``fps``, ``num_frames``, ``duration`` and ``resolution`` are checked against the file where given; all else is kept.
+``fps`` and ``num_frames`` are checked against the file where given; all else is kept.
 """
 
 from __future__ import annotations

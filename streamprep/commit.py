@@ -1,0 +1,162 @@
+"""Writing what was encoded, unit by unit, and committing each; and knowing when too many samples are bad."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from streamprep import canonical, job
+from streamprep.errors import TooManyBadSamples
+from streamprep.job import BadClip, Job, Record
+from streamprep.plan import UnitPlan
+from streamprep.types import EncodedSample, ShardWriter, WrittenFile
+
+_ALWAYS_ALLOWED_BAD = 20
+_EXAMPLES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """What became of one planned batch."""
+
+    unit: UnitPlan
+    samples: Sequence[EncodedSample]
+    bad: Sequence[BadClip]
+    last: bool
+    """Whether it is the unit's last."""
+
+
+class Committer:
+    """Takes encoded batches in order; a context manager, which drops the unit that is not finished.
+
+    Args:
+        current: The job.
+        open_writer: Unit -> the exporter's writer.
+        max_bad_fraction: Of all attempted samples; 20 are always allowed.
+    """
+
+    def __init__(self, current: Job, *, open_writer: Callable[[str], ShardWriter], max_bad_fraction: float) -> None:
+        self.job = current
+        self._open_writer = open_writer
+        self._max_bad_fraction = max_bad_fraction
+        self._num_rows = 0
+        self._bad: Counter[str] = Counter()
+        self._examples: list[BadClip] = []
+        self._unit_bad: list[BadClip] = []
+        self._writer: ShardWriter | None = None
+        self._unit_began = time.monotonic()
+        for record in current.records():
+            self._num_rows += record.num_rows
+            self._bad.update(record.bad)
+
+    def take(self, batch: EncodedBatch) -> None:
+        """Write a batch; with the last of a unit, commit the unit.
+
+        Raises:
+            TooManyBadSamples: if this one was too many.
+        """
+        if self._writer is None:
+            self._writer = self._open_writer(batch.unit.id)
+        for sample in batch.samples:
+            self._writer.write(sample)
+        self._num_rows += len(batch.samples)
+        self._note_bad(batch.bad)
+        self.check_bad_limit()
+        if batch.last:
+            self.commit(batch.unit)
+
+    def commit(self, unit: UnitPlan) -> None:
+        """Publish a unit's files, then create its record."""
+        self._note_bad(
+            [BadClip(key=item.key, stage="plan", reason=item.reason, exception=item.message) for item in unit.bad]
+        )
+        files: list[WrittenFile] = []
+        if self._writer is not None:
+            with self._writer:
+                files = self._writer.close()
+            self._writer = None
+        record = Record(
+            unit=unit.id,
+            files=tuple(files),
+            bad=dict(sorted(Counter(clip.reason for clip in self._unit_bad).items())),
+            dropped=unit.dropped,
+            quarantine=self.job.write_quarantine(unit.id, self._unit_bad),
+            seconds={"unit": time.monotonic() - self._unit_began},
+        )
+        if not self.job.commit(record):
+            self._give_way(record)
+        self._unit_bad = []
+        self._unit_began = time.monotonic()
+
+    def obey_earlier_stop(self) -> None:
+        """Stop again if the job was stopped for bad samples and is not allowed more of them now.
+
+        Raises:
+            TooManyBadSamples: with what was found then.
+        """
+        stopped = self.job.stop_reason()
+        if stopped is None:
+            return
+        if self._max_bad_fraction <= stopped["max_bad_fraction"]:
+            raise TooManyBadSamples(stopped["message"])
+        self.job.store.delete(job.STOP, step="delete")
+
+    def check_bad_limit(self) -> None:
+        """Stop the job if more samples are bad than allowed.
+
+        Raises:
+            TooManyBadSamples: and leaves ``stop.json`` with the reasons.
+        """
+        num_bad = self._bad.total()
+        attempted = num_bad + self._num_rows
+        if num_bad > max(_ALWAYS_ALLOWED_BAD, self._max_bad_fraction * attempted):
+            self._stop(
+                f"{num_bad} of {attempted} samples are bad, more than max({_ALWAYS_ALLOWED_BAD}, "
+                f"{self._max_bad_fraction:.0%}): the settings may be wrong; if the data is, raise --max-bad-fraction"
+            )
+
+    def check_any_rows(self) -> None:
+        """Stop the job if samples were attempted and every one is bad.
+
+        Raises:
+            TooManyBadSamples: and leaves ``stop.json`` with the reasons.
+        """
+        if self._bad and not self._num_rows:
+            self._stop(f"all {self._bad.total()} samples are bad: nothing was encoded")
+
+    def __enter__(self) -> Committer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            with self._writer:
+                pass
+
+    def _note_bad(self, bad: Sequence[BadClip]) -> None:
+        self._unit_bad += bad
+        self._bad.update(clip.reason for clip in bad)
+        self._examples = [*self._examples, *bad][:_EXAMPLES]
+
+    def _stop(self, message: str) -> None:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in self._bad.most_common())
+        examples = "".join(f"\n  {clip.key}: {clip.reason}: {clip.exception}" for clip in self._examples)
+        stop: dict[str, Any] = {
+            "message": f"{message} ({reasons}){examples}",
+            "max_bad_fraction": self._max_bad_fraction,
+            "bad": dict(self._bad.most_common()),
+            "num_rows": self._num_rows,
+            "examples": [asdict(clip) for clip in self._examples],
+        }
+        self.job.store.put(job.STOP, canonical.to_pretty_json(stop), step="stop")
+        raise TooManyBadSamples(stop["message"])
+
+    def _give_way(self, ours: Record) -> None:
+        """Another process committed this unit first: its record counts, our files that it does not name go."""
+        theirs = self.job.record(ours.unit)
+        assert theirs is not None
+        kept = job.named_files(theirs)
+        for name in job.named_files(ours) - kept:
+            self.job.store.delete(name, step="delete")

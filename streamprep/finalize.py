@@ -1,0 +1,124 @@
+"""The end of a job: delete what no record names, write the index of all tensors, say that it is done.
+
+Everything here follows from the plan and the records alone, so it may run at any time, again, and by anybody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from streamprep import canonical, job
+from streamprep.errors import UserError
+from streamprep.job import Job, Record
+from streamprep.progress import count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What a job made."""
+
+    num_rows: int
+    num_files: int
+    size_bytes: int
+    bad: Mapping[str, int]
+    """How many samples for each reason."""
+    dropped: Mapping[str, int]
+    """How many samples for each reason."""
+
+
+def finalize(current: Job) -> Totals:
+    """Finish a job all of whose units are committed.
+
+    Raises:
+        UserError: if some are not.
+    """
+    unfinished = current.unfinished()
+    if unfinished:
+        raise UserError(
+            f"{current.store.url}: {count(len(unfinished), 'unit')} of {len(current.plan.units)} not encoded yet "
+            f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
+        )
+    records = list(current.records())
+    _delete_leftovers(current, records)
+    current.store.put(job.INDEX, _index(records), step="index")
+    result = _total(records)
+    success = {
+        "format": "streamprep-success/1",
+        **dataclasses.asdict(result),
+        "num_units": len(records),
+        "files": [
+            {"name": file.name, "sha256": file.sha256, "num_rows": len(file.rows)}
+            for record in records
+            for file in record.files
+        ],
+    }
+    current.store.put(job.SUCCESS, canonical.to_pretty_json(success), step="success")
+    return result
+
+
+def totals(current: Job) -> Totals:
+    """What the committed units made."""
+    return _total(list(current.records()))
+
+
+def leftovers(current: Job, records: Sequence[Record]) -> list[str]:
+    """Files of units that have a record which does not name them: a killed process's, or the loser's of a race."""
+    committed = {record.unit for record in records}
+    named = {name for record in records for name in job.named_files(record)}
+    found = []
+    for folder in (current.plan.data_folder, job.QUARANTINE):
+        for entry in current.store.list(folder):
+            match = job.UNIT_FILE.fullmatch(PurePosixPath(entry.path).name)
+            if match and match["unit"] in committed and entry.path not in named:
+                found.append(entry.path)
+    return found
+
+
+def _delete_leftovers(current: Job, records: Sequence[Record]) -> None:
+    for path in leftovers(current, records):
+        current.store.delete(path, step="delete")
+    current.store.remove_unpublished()
+
+
+def _total(records: Sequence[Record]) -> Totals:
+    return Totals(
+        num_rows=sum(record.num_rows for record in records),
+        num_files=sum(len(record.files) for record in records),
+        size_bytes=sum(file.size_bytes for record in records for file in record.files),
+        bad=job.total(record.bad for record in records),
+        dropped=job.total(Counter(item.reason for item in record.dropped) for record in records),
+    )
+
+
+def _index(records: Sequence[Record]) -> bytes:
+    """``index.parquet``: for every row its key, file, row group and bucket, and where each tensor's bytes lie."""
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        for file in record.files:
+            for row in file.rows:
+                entry: dict[str, Any] = {
+                    "key": row.key,
+                    "file": file.name,
+                    "row_group": row.row_group,
+                    "bucket": row.bucket,
+                }
+                for name, tensor in row.tensors.items():
+                    entry |= {
+                        f"{name}_offset": tensor.offset,
+                        f"{name}_size": tensor.size,
+                        f"{name}_dtype": tensor.dtype,
+                        f"{name}_shape": list(tensor.shape),
+                    }
+                rows.append(entry)
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+    return sink.getvalue()

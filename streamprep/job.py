@@ -1,0 +1,340 @@
+"""A job: one output folder, its plan, and the records that say which units are done.
+
+``_streamprep/plan.json`` says what the job is: settings, model, inputs, units. It is created once; another command on
+the same output must have the same fingerprint.
+
+``_streamprep/records/UNIT.json`` is the commit of a unit, created only if absent after all its files are visible. What
+no record names does not exist. So a process may die anywhere: work is done at least once, rows are there exactly once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zstandard
+
+from streamprep import canonical
+from streamprep.errors import UserError
+from streamprep.plan import Excluded
+from streamprep.storage import Store
+from streamprep.types import TensorLocation, WrittenFile, WrittenRow
+
+FOLDER = "_streamprep"
+PLAN = f"{FOLDER}/plan.json"
+RECORDS = f"{FOLDER}/records"
+QUARANTINE = f"{FOLDER}/quarantine"
+STOP = f"{FOLDER}/stop.json"
+INDEX = f"{FOLDER}/index.parquet"
+SUCCESS = f"{FOLDER}/SUCCESS.json"
+
+PLAN_FORMAT, RECORD_FORMAT = "streamprep-plan/1", "streamprep-record/1"
+
+UNIT_FILE = re.compile(r"(?P<unit>\d{6})-(\d{5}-)?[0-9a-f]{8}\.[a-z.]+")
+"""The only names `finalize` may delete: a unit's data file or quarantine file, which carry their content's digest."""
+
+Fingerprint = Mapping[str, Mapping[str, Any]]
+"""Everything that decides the output's bytes, by part: video, text, sampling, export, inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One shard to encode."""
+
+    id: str
+    shard: str
+    index_sha256: str
+    num_clips: int
+    num_dropped: int
+    num_bad: int
+    """Known to be bad from their headers."""
+    limit: int | None
+    """Take only so many clips of it; None takes all."""
+    clips_sha256: str
+    """Of the keys of its clips: `keys_digest`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """What a job is; never changes."""
+
+    shards: str
+    """Where the input is."""
+    fingerprint: Fingerprint
+    config: Mapping[str, Any]
+    """The effective settings."""
+    contract: Mapping[str, Any]
+    """What the latents are."""
+    data_folder: str
+    """Where the exporter's files go."""
+    units: tuple[Unit, ...]
+    """Largest first: so the last one to finish is a small one."""
+    versions: Mapping[str, str]
+
+    @property
+    def num_clips(self) -> int:
+        """Of all units."""
+        return sum(unit.num_clips for unit in self.units)
+
+    def to_json(self) -> bytes:
+        """The content of ``plan.json``."""
+        return canonical.to_pretty_json({"format": PLAN_FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> JobPlan:
+        """The reverse of `to_json`; `ValueError` if it is not one."""
+        value = json.loads(data)
+        if value.pop("format", None) != PLAN_FORMAT:
+            raise ValueError(f"not a plan of format {PLAN_FORMAT}")
+        units = tuple(Unit(**unit) for unit in value.pop("units"))
+        return cls(units=units, **value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadClip:
+    """One line of a quarantine file."""
+
+    key: str
+    stage: str
+    reason: str
+    exception: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineFile:
+    """The bad samples of a unit, as zstandard-compressed JSON lines."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What became of one unit: the commit."""
+
+    unit: str
+    files: tuple[WrittenFile, ...]
+    bad: Mapping[str, int]
+    """How many for each reason."""
+    dropped: tuple[Excluded, ...]
+    quarantine: QuarantineFile | None
+    seconds: Mapping[str, float]
+    """Time per stage."""
+
+    @property
+    def num_rows(self) -> int:
+        """In all files."""
+        return sum(len(file.rows) for file in self.files)
+
+    @property
+    def num_bad(self) -> int:
+        """For any reason."""
+        return sum(self.bad.values())
+
+    def to_json(self) -> bytes:
+        """The content of ``records/UNIT.json``; a row is written ``[key, bucket, row group, {tensor: location}]``."""
+        value = {
+            "format": RECORD_FORMAT,
+            "unit": self.unit,
+            "num_rows": self.num_rows,
+            "files": [
+                {
+                    "name": file.name,
+                    "size_bytes": file.size_bytes,
+                    "sha256": file.sha256,
+                    "rows": [_row_to_json(row) for row in file.rows],
+                }
+                for file in self.files
+            ],
+            "bad": dict(self.bad),
+            "dropped": [[item.key, item.reason, item.message] for item in self.dropped],
+            "quarantine": dataclasses.asdict(self.quarantine) if self.quarantine else None,
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+        }
+        return canonical.to_json(value) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Record:
+        """The reverse of `to_json`; `ValueError` if it is not one."""
+        value = json.loads(data)
+        if value.get("format") != RECORD_FORMAT:
+            raise ValueError(f"not a record of format {RECORD_FORMAT}")
+        return cls(
+            unit=value["unit"],
+            files=tuple(
+                WrittenFile(
+                    name=file["name"],
+                    size_bytes=file["size_bytes"],
+                    sha256=file["sha256"],
+                    rows=tuple(_row_from_json(row) for row in file["rows"]),
+                )
+                for file in value["files"]
+            ),
+            bad=value["bad"],
+            dropped=tuple(
+                Excluded(key=key, reason=reason, message=message) for key, reason, message in value["dropped"]
+            ),
+            quarantine=QuarantineFile(**value["quarantine"]) if value["quarantine"] else None,
+            seconds=value["seconds"],
+        )
+
+
+class Job:
+    """An output folder with a plan."""
+
+    def __init__(self, store: Store, plan: JobPlan) -> None:
+        self.store, self.plan = store, plan
+
+    def record(self, unit: str) -> Record | None:
+        """The record of a unit, None while there is none."""
+        try:
+            return Record.from_json(self.store.read(f"{RECORDS}/{unit}.json"))
+        except FileNotFoundError:
+            return None
+
+    def is_committed(self, unit: str) -> bool:
+        """Whether a unit has a record."""
+        return self.store.exists(f"{RECORDS}/{unit}.json")
+
+    def records(self) -> Iterator[Record]:
+        """All records there are."""
+        for entry in self.store.list(RECORDS):
+            yield Record.from_json(self.store.read(entry.path))
+
+    def unfinished(self) -> list[Unit]:
+        """The units without a record, in the plan's order."""
+        finished = {entry.path for entry in self.store.list(RECORDS)}
+        return [unit for unit in self.plan.units if f"{RECORDS}/{unit.id}.json" not in finished]
+
+    def commit(self, record: Record) -> bool:
+        """Create a unit's record; False if another process was first, whose record then counts."""
+        return self.store.put_if_absent(f"{RECORDS}/{record.unit}.json", record.to_json(), step="record")
+
+    def write_quarantine(self, unit: str, bad: Sequence[BadClip]) -> QuarantineFile | None:
+        """Note a unit's bad samples; the record must name the file."""
+        if not bad:
+            return None
+        lines = b"".join(canonical.to_json(dataclasses.asdict(clip)) + b"\n" for clip in bad)
+        data = zstandard.ZstdCompressor().compress(lines)
+        sha256 = canonical.bytes_digest(data)
+        name = f"{QUARANTINE}/{unit}-{sha256[:8]}.jsonl.zst"
+        self.store.put(name, data, step="quarantine")
+        return QuarantineFile(name=name, size_bytes=len(data), sha256=sha256)
+
+    def read_quarantine(self, record: Record) -> list[BadClip]:
+        """The bad samples a record names."""
+        if record.quarantine is None:
+            return []
+        lines = zstandard.ZstdDecompressor().decompress(self.store.read(record.quarantine.name)).splitlines()
+        return [BadClip(**json.loads(line)) for line in lines]
+
+    def stop_reason(self) -> Mapping[str, Any] | None:
+        """Why the job stopped itself, if it did."""
+        try:
+            return json.loads(self.store.read(STOP))  # type: ignore[no-any-return]
+        except FileNotFoundError:
+            return None
+
+
+def open_job(store: Store) -> Job:
+    """The job of an output folder.
+
+    Raises:
+        UserError: if there is none, or it is of another format.
+    """
+    try:
+        return Job(store, JobPlan.from_json(store.read(PLAN)))
+    except FileNotFoundError:
+        raise UserError(f"{store.url} is not the output of `streamprep encode`: it has no {PLAN}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{store.url}/{PLAN} cannot be read: {error}") from error
+
+
+def start_or_join(store: Store, plan: JobPlan) -> Job:
+    """Create the job, or join the one that is there if it is the same.
+
+    Raises:
+        UserError: naming every setting that differs.
+    """
+    if store.put_if_absent(PLAN, plan.to_json(), step="plan"):
+        return Job(store, plan)
+    job = open_job(store)
+    check_same(store, job.plan.fingerprint, plan.fingerprint)
+    return job
+
+
+def check_same(store: Store, theirs: Fingerprint, ours: Fingerprint) -> None:
+    """Refuse to mix two kinds of output in one folder.
+
+    Raises:
+        UserError: naming every setting that differs.
+    """
+    ours = json.loads(canonical.to_json(ours))
+    differing = [
+        f"{part}.{name}: {theirs.get(part, {}).get(name)} there, {ours.get(part, {}).get(name)} now"
+        for part in sorted({*theirs, *ours})
+        for name in sorted({*theirs.get(part, {}), *ours.get(part, {})})
+        if theirs.get(part, {}).get(name) != ours.get(part, {}).get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{store.url} belongs to a job with other settings; use a new output folder, or these:\n  "
+            + "\n  ".join(differing)
+        )
+
+
+def named_files(record: Record) -> set[str]:
+    """Everything a record vouches for."""
+    quarantine = {record.quarantine.name} if record.quarantine else set()
+    return {file.name for file in record.files} | quarantine
+
+
+def keys_digest(keys: Iterable[str]) -> str:
+    """Stands for a set of keys, in whatever order they come."""
+    return canonical.digest(sorted(keys))
+
+
+def installed_versions() -> dict[str, str]:
+    """Of what decides the output's bytes beside the settings."""
+    packages = ("streamprep", "torch", "torchcodec", "diffusers", "transformers", "pyarrow")
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counts by reason, of all records, the most frequent first."""
+    counter: Counter[str] = Counter()
+    for count in counts:
+        counter.update(count)
+    return dict(counter.most_common())
+
+
+def _row_to_json(row: WrittenRow) -> list[Any]:
+    tensors = {name: [t.offset, t.size, t.dtype, list(t.shape)] for name, t in row.tensors.items()}
+    return [row.key, row.bucket, row.row_group, tensors]
+
+
+def _row_from_json(value: Sequence[Any]) -> WrittenRow:
+    key, bucket, row_group, tensors = value
+    return WrittenRow(
+        key=key,
+        bucket=bucket,
+        row_group=row_group,
+        tensors={
+            name: TensorLocation(offset=offset, size=size, dtype=dtype, shape=tuple(shape))
+            for name, (offset, size, dtype, shape) in tensors.items()
+        },
+    )

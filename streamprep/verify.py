@@ -1,0 +1,161 @@
+"""Is what is on disk what the records say, all of it, once, readable and finite?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from streamprep import canonical, job, plugins
+from streamprep.finalize import leftovers, totals
+from streamprep.job import Job, Record, Unit
+from streamprep.manifest import load_index, load_manifest
+from streamprep.progress import Progress
+from streamprep.shards import ShardSample
+from streamprep.storage import Store
+from streamprep.types import WrittenFile
+
+_CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What was looked at, and what is wrong with it."""
+
+    num_files: int = 0
+    num_rows: int = 0
+    size_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_job(current: Job) -> Verdict:
+    """Check an encode job's output against its plan and records.
+
+    Every file is hashed and opened again by its format's own reader; every tensor must be finite, of the recorded
+    shape, and at the recorded offset; every planned clip must be there exactly once, as a row or as a bad sample.
+    """
+    verdict = Verdict()
+    records = list(current.records())
+    exporter = plugins.load("streamprep.exporters", current.plan.config["exporter"])
+    planned = {unit.id: unit for unit in current.plan.units}
+    progress = Progress(total=sum(len(record.files) for record in records), unit="files", verb="verifying")
+    with progress:
+        for record in records:
+            unit = planned.get(record.unit)
+            if unit is None:
+                verdict.problems.append(f"record {record.unit}: the plan has no such unit")
+                continue
+            verdict.problems += _check_keys(current, record, unit)
+            for file in record.files:
+                verdict.problems += _check_file(current.store, file, exporter)
+                verdict.num_files += 1
+                verdict.num_rows += len(file.rows)
+                verdict.size_bytes += file.size_bytes
+                progress.advance()
+    verdict.problems += _check_whole(current, records)
+    return verdict
+
+
+def verify_shards(store: Store) -> Verdict:
+    """Check packed shards against their manifest: every tar and index is hashed, every member compared."""
+    verdict = Verdict()
+    manifest = load_manifest(store)
+    keys: Counter[str] = Counter()
+    with Progress(total=manifest.num_samples, unit="videos", verb="verifying") as progress:
+        for info in manifest.shards:
+            try:
+                index = load_index(store, info)
+                with store.open(info.name) as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+                    if found != info.sha256:
+                        verdict.problems.append(f"{info.name}: its sha256 is {found}, the manifest says {info.sha256}")
+                        for sample in index.samples:
+                            verdict.problems += _check_members(file, info.name, sample)
+            except (OSError, ValueError) as error:
+                verdict.problems.append(f"{info.name}: {error}")
+                continue
+            keys.update(sample.key for sample in index.samples)
+            verdict.num_files += 1
+            verdict.num_rows += len(index.samples)
+            verdict.size_bytes += info.size_bytes
+            progress.advance(len(index.samples))
+    verdict.problems += [f"key {key!r} is there {number} times" for key, number in keys.items() if number > 1]
+    return verdict
+
+
+def _check_members(file: Any, shard: str, sample: ShardSample) -> Iterator[str]:
+    for extension, member in sample.members.items():
+        file.seek(member.offset)
+        if canonical.bytes_digest(file.read(member.size)) != member.sha256:
+            yield f"{shard}: {sample.key}.{extension} is damaged"
+
+
+def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
+    """Each planned clip exactly once."""
+    try:
+        bad = current.read_quarantine(record)
+    except (OSError, ValueError, TypeError) as error:
+        yield f"{record.quarantine.name if record.quarantine else record.unit}: cannot be read: {error}"
+        return
+    if record.quarantine is not None:
+        found = canonical.bytes_digest(current.store.read(record.quarantine.name))
+        if found != record.quarantine.sha256:
+            yield f"{record.quarantine.name}: its sha256 is {found}, the record says {record.quarantine.sha256}"
+    keys = [row.key for file in record.files for row in file.rows]
+    keys += [clip.key for clip in bad if clip.stage != "plan"]
+    yield from (f"unit {unit.id}: {key!r} is there {n} times" for key, n in Counter(keys).items() if n > 1)
+    if job.keys_digest(keys) != unit.clips_sha256:
+        yield f"unit {unit.id}: its {len(keys)} clips are not the {unit.num_clips} that were planned"
+    if dict(record.bad) != Counter(clip.reason for clip in bad):
+        yield f"unit {unit.id}: the record counts {dict(record.bad)} bad samples, its quarantine file lists others"
+
+
+def _check_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
+    try:
+        with store.open(file.name) as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
+            if found != file.sha256:
+                yield f"{file.name}: its sha256 is {found}, the record says {file.sha256}"
+                return
+        yield from _check_rows(store, file, exporter)
+    except (OSError, ValueError) as error:
+        yield f"{file.name}: cannot be read: {error}"
+
+
+def _check_rows(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
+    num_rows = 0
+    for row, (_, tensors) in zip(file.rows, exporter.read_file(store, file.name), strict=False):
+        num_rows += 1
+        for name, location in row.tensors.items():
+            array = tensors[name]
+            if array.shape != location.shape or str(array.dtype) != location.dtype:
+                yield f"{file.name}: {name} of {row.key!r} is {array.dtype}{array.shape}, the record says otherwise"
+            elif not np.isfinite(array).all():
+                yield f"{file.name}: {name} of {row.key!r} holds NaN or infinity"
+            elif store.read_range(file.name, location.offset, location.size) != array.tobytes():
+                yield f"{file.name}: {name} of {row.key!r} is not at the recorded offset"
+    if num_rows != len(file.rows):
+        yield f"{file.name}: {num_rows} rows, the record says {len(file.rows)}"
+
+
+def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
+    keys = Counter(row.key for record in records for file in record.files for row in file.rows)
+    yield from (f"key {key!r} is in {number} units" for key, number in keys.items() if number > 1)
+    unfinished = current.unfinished()
+    if unfinished:
+        yield f"{len(unfinished)} of {len(current.plan.units)} units are not encoded yet: run `streamprep encode` again"
+        return
+    if not current.store.exists(job.SUCCESS):
+        yield f"{job.SUCCESS} is missing: run `streamprep finalize`"
+        return
+    yield from (f"{path}: no record names it" for path in leftovers(current, records))
+    import pyarrow.parquet as pq
+
+    with current.store.open(job.INDEX) as file:
+        indexed = pq.read_table(file, columns=["key"])["key"].to_pylist()
+    if Counter(indexed) != keys or totals(current).num_rows != len(indexed):
+        yield f"{job.INDEX}: lists {len(indexed)} rows, the records {keys.total()}: run `streamprep finalize`"
