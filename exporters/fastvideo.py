@@ -11,7 +11,7 @@ writing costs about as much as writing the bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -101,9 +101,9 @@ class FastVideoWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._open is not None:
-            self._open.abandon()
-        self._pending.close()
+        with self._pending:
+            if self._open is not None:
+                self._open.abandon()
 
     def _finish_file(self) -> None:
         assert self._open is not None
@@ -162,7 +162,9 @@ class _OpenFile:
         )
 
     def abandon(self) -> None:
-        self._writer.close()
+        """Let go of a file that nobody will see; on a full disk not even its footer can be written."""
+        with suppress(OSError):
+            self._writer.close()
 
 
 def _row(sample: EncodedSample, arrays: Mapping[str, np.ndarray[Any, Any]], row_schema: pa.Schema) -> pa.Table:

@@ -124,6 +124,13 @@ def test_a_planned_clip_names_only_frames_that_exist_at_their_times(
     assert len(unit.clips) + len(unit.dropped) == 1
 
 
+def test_a_frame_that_only_the_dataset_has_is_never_planned() -> None:
+    sample = make_sample(fps=16.0, num_frames=17, declared={"num_frames": 18})
+    (clip,) = plan_one(sample, num_frames=17).clips
+    assert clip.request.indices == tuple(range(17))
+    assert excluded(sample, num_frames=18).message == "17 frames at 16 fps, 18 are wanted (17 frames at 16 fps)"
+
+
 @pytest.mark.parametrize(
     ("fps", "first"),
     [
