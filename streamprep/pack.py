@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,9 +39,8 @@ from streamprep.watchdog import end_with_the_parent
 
 FORMAT = "streamprep-pack/1"
 SKIPPED = "skipped.jsonl"
-_KEEP_IN_MEMORY_BYTES = 64 * 2**20
-_CHUNK_BYTES = 8 * 2**20
-_WRITE_BUFFER_BYTES = 2**20
+_CHUNK_BYTES = 2**18
+_WRITE_BUFFER_BYTES = 2**18
 
 
 def pack(config: PackConfig) -> Manifest:
@@ -185,7 +182,7 @@ def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]
     with store.new_file() as file:
         with open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES) as target:
             tar = TarWriter(target)
-            packed = tuple(_add_sample(tar, read) for read in _read_ahead(root, samples))
+            packed = tuple(_add_sample(tar, *read) for read in _read_ahead(root, samples))
             sha256 = tar.finish()
         file.publish(name, step="shard")
     index = ShardIndex(name=name, size_bytes=tar.size_bytes, sha256=sha256, samples=packed)
@@ -194,21 +191,12 @@ def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]
     return _info(index, data)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ReadSample:
-    sample: RawSample
-    video: BinaryIO
-    """Its bytes in memory, or the file if it is large."""
-    metadata: dict[str, Any]
-    """The content of ``KEY.json``."""
-
-
-def _read_ahead(root: Path, samples: Sequence[RawSample]) -> Iterator[_ReadSample]:
-    """Read, hash and probe one sample while the one before it is hashed again and written: 1.5 times as fast."""
+def _read_ahead(root: Path, samples: Sequence[RawSample]) -> Iterator[tuple[RawSample, BinaryIO, dict[str, Any]]]:
+    """Hash and probe one video while the one before it is copied: sample, open file, content of ``KEY.json``."""
     with ThreadPoolExecutor(1) as thread:
-        reading: Future[_ReadSample] | None = None
+        reading: Future[tuple[RawSample, BinaryIO, dict[str, Any]]] | None = None
         for sample in samples:
-            following = thread.submit(_read_sample, root, sample)
+            following = thread.submit(_open_and_probe, root, sample)
             if reading is not None:
                 yield reading.result()
             reading = following
@@ -216,28 +204,21 @@ def _read_ahead(root: Path, samples: Sequence[RawSample]) -> Iterator[_ReadSampl
             yield reading.result()
 
 
-def _read_sample(root: Path, sample: RawSample) -> _ReadSample:
-    file = open(root / sample.path, "rb")  # noqa: SIM115 - a large one is read again when it is written
+def _open_and_probe(root: Path, sample: RawSample) -> tuple[RawSample, BinaryIO, dict[str, Any]]:
+    file = open(root / sample.path, "rb")  # noqa: SIM115 - closed when it is copied
     if os.fstat(file.fileno()).st_size != sample.size_bytes:
         file.close()
         raise OSError(f"{root / sample.path} changed while it was packed; let it settle and pack into a new folder")
-    if sample.size_bytes > _KEEP_IN_MEMORY_BYTES:
-        return _ReadSample(sample=sample, video=file, metadata=_metadata(sample, file))
-    with file:
-        video = io.BytesIO(file.read())
-    return _ReadSample(sample=sample, video=video, metadata=_metadata(sample, video))
+    return sample, file, _metadata(sample, file)
 
 
-def _add_sample(tar: TarWriter, read: _ReadSample) -> ShardSample:
-    sample, metadata, extension = read.sample, read.metadata, read.metadata["extension"]
+def _add_sample(tar: TarWriter, sample: RawSample, file: BinaryIO, metadata: dict[str, Any]) -> ShardSample:
     members = {"json": _add_bytes(tar, f"{sample.key}.json", canonical.to_json(metadata))}
-    with read.video as video:
-        video.seek(0)
+    extension = metadata["extension"]
+    with file:
+        file.seek(0)
         members[extension] = tar.add(
-            f"{sample.key}.{extension}",
-            [video.getbuffer()] if isinstance(video, io.BytesIO) else _chunks(video),
-            size=sample.size_bytes,
-            sha256=metadata["sha256"],
+            f"{sample.key}.{extension}", _chunks(file), size=sample.size_bytes, sha256=metadata["sha256"]
         )
     if sample.captions:
         text = sample.captions[0].encode("utf-8", "surrogatepass")
@@ -267,9 +248,11 @@ def _metadata(sample: RawSample, video: BinaryIO) -> dict[str, Any]:
     return metadata | dataclasses.asdict(info)
 
 
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
+def _chunks(file: BinaryIO) -> Iterator[memoryview]:
+    """The rest of a file, in one small buffer again and again: fresh memory for every video costs more than copying."""
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    while size_bytes := file.readinto(buffer):  # type: ignore[attr-defined]
+        yield buffer[:size_bytes]
 
 
 def _info(index: ShardIndex, data: bytes) -> ShardInfo:

@@ -150,10 +150,9 @@ def test_a_caption_of_half_a_surrogate_pair_is_kept(make_dataset: Callable[..., 
     assert sample.metadata["captions"] == ["\ud800"]
 
 
-def test_a_video_too_large_for_memory_is_packed_in_pieces(
+def test_the_size_of_the_copying_buffer_changes_nothing(
     dataset: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamprep.pack._KEEP_IN_MEMORY_BYTES", 1000)
     monkeypatch.setattr("streamprep.pack._CHUNK_BYTES", 1000)
     pack_into(tmp_path / "shards", dataset)
     assert contents(tmp_path / "shards") == contents(packed)
