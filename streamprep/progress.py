@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -29,7 +32,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Say something, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
@@ -46,7 +49,7 @@ class Progress:
             self._done_before = self._done
         self._done += count
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
+            self._bar.update(self._bar.task_ids[0], completed=self._done, rate=f"{self._rate():.2f}/s")
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.message(self._line())
@@ -57,17 +60,18 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def _line(self) -> str:
-        now_done = self._done - (self._done_before or 0)
-        rate = now_done / max(1e-9, time.monotonic() - self._started)
+        rate = self._rate()
         left = (self.total - self._done) / rate if rate else float("inf")
         return f"{self._verb} {self._done}/{self.total} {self._unit}, {rate:.2f}/s, {duration(left)} left"
+
+    def _rate(self) -> float:
+        """Of this run, per second."""
+        return (self._done - (self._done_before or 0)) / max(1e-9, time.monotonic() - self._started)
 
 
 def count(number: int, noun: str) -> str:
@@ -93,12 +97,19 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
 
 
-def _bar(verb: str, unit: str, total: int):  # type: ignore[no-untyped-def]  # rich stays unimported off a terminal
+def _bar(verb: str, unit: str, total: int) -> Bar:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn(verb),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     bar = Bar(*columns, console=Console(stderr=True))
-    bar.add_task(verb, total=total)
+    bar.add_task(verb, total=total, rate="")
     return bar
