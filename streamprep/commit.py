@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -42,15 +43,10 @@ class Committer:
         self.job = current
         self._open_writer = open_writer
         self._max_bad_fraction = max_bad_fraction
-        self._num_rows = 0
-        self._bad: Counter[str] = Counter()
-        self._examples: list[BadClip] = []
         self._unit_bad: list[BadClip] = []
         self._writer: ShardWriter | None = None
         self._unit_began = time.monotonic()
-        for record in current.records():
-            self._num_rows += record.num_rows
-            self._bad.update(record.bad)
+        self._count_committed()
 
     def take(self, batch: EncodedBatch) -> None:
         """Write a batch; with the last of a unit, commit the unit.
@@ -69,10 +65,15 @@ class Committer:
             self.commit(batch.unit)
 
     def commit(self, unit: UnitPlan) -> None:
-        """Publish a unit's files, then create its record."""
+        """Publish a unit's files, then create its record.
+
+        Raises:
+            TooManyBadSamples: if those that the plan knew to be bad were too many.
+        """
         self._note_bad(
             [BadClip(key=item.key, stage="plan", reason=item.reason, exception=item.message) for item in unit.bad]
         )
+        self.check_bad_limit()
         files: list[WrittenFile] = []
         if self._writer is not None:
             with self._writer:
@@ -119,11 +120,12 @@ class Committer:
             )
 
     def check_any_rows(self) -> None:
-        """Stop the job if samples were attempted and every one is bad.
+        """Stop the job if samples were attempted, by whatever process, and every one is bad.
 
         Raises:
             TooManyBadSamples: and leaves ``stop.json`` with the reasons.
         """
+        self._count_committed()
         if self._bad and not self._num_rows:
             self._stop(f"all {self._bad.total()} samples are bad: nothing was encoded")
 
@@ -135,20 +137,26 @@ class Committer:
             with self._writer:
                 pass
 
+    def _count_committed(self) -> None:
+        records = list(self.job.records())
+        self._num_rows = sum(record.num_rows for record in records)
+        self._bad = Counter(job.total(record.bad for record in records))
+
     def _note_bad(self, bad: Sequence[BadClip]) -> None:
         self._unit_bad += bad
         self._bad.update(clip.reason for clip in bad)
-        self._examples = [*self._examples, *bad][:_EXAMPLES]
 
     def _stop(self, message: str) -> None:
         reasons = ", ".join(f"{reason} {number}" for reason, number in self._bad.most_common())
-        examples = "".join(f"\n  {clip.key}: {clip.reason}: {clip.exception}" for clip in self._examples)
+        committed = (clip for record in self.job.records() for clip in self.job.read_quarantine(record))
+        clips = list(itertools.islice(itertools.chain(self._unit_bad, committed), _EXAMPLES))
+        examples = "".join(f"\n  {clip.key}: {clip.reason}: {clip.exception}" for clip in clips)
         stop: dict[str, Any] = {
             "message": f"{message} ({reasons}){examples}",
             "max_bad_fraction": self._max_bad_fraction,
             "bad": dict(self._bad.most_common()),
             "num_rows": self._num_rows,
-            "examples": [asdict(clip) for clip in self._examples],
+            "examples": [asdict(clip) for clip in clips],
         }
         self.job.store.put(job.STOP, canonical.to_pretty_json(stop), step="stop")
         raise TooManyBadSamples(stop["message"])

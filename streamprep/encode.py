@@ -89,13 +89,13 @@ def run(current: Job, config: EncodeConfig, shards: Store, encoder: Encoder, dev
     progress.message(_describe(current, units))
     with Committer(current, open_writer=_writer_opener(current, config), max_bad_fraction=config.max_bad_fraction) as c:
         c.obey_earlier_stop()
+        current.store.remove_unpublished()
         if units:
-            current.store.remove_unpublished()
             _warn_of_other_versions(current, progress)
+            _encode_units([unit for unit in units if unit.num_clips], c, progress, config, shards, encoder, device)
             for unit in units:
                 if not unit.num_clips:
                     c.commit(replan(shards, unit, config))
-            _encode_units([unit for unit in units if unit.num_clips], c, progress, config, shards, encoder, device)
         c.check_any_rows()
 
 
@@ -110,10 +110,11 @@ def _encode_units(
 ) -> None:
     if not units:
         return
-    with _open_decoder(config, device) as decoder:
+    # The decoder is closed first: a clip that hangs must not hold up the stage that waits for it.
+    with Pipeline(serial=config.serial) as pipeline, _open_decoder(config, device) as decoder:
         encoder.load()
         _write_unconditional(committer.job, config, encoder)
-        with progress, Pipeline(serial=config.serial) as pipeline:
+        with progress:
             progress.already_done(progress.total - sum(unit.num_clips for unit in units))
             plans = (replan(shards, unit, config) for unit in claim(committer.job, units))
             decoded = _collate(shards, plans, decoder, config.preprocess_video_batch_size, pin=device.type == "cuda")

@@ -12,7 +12,7 @@ import numpy as np
 
 from streamprep import canonical, job, plugins
 from streamprep.finalize import leftovers, totals
-from streamprep.job import Job, Record, Unit
+from streamprep.job import Job, QuarantineFile, Record, Unit
 from streamprep.manifest import load_index, load_manifest
 from streamprep.progress import Progress
 from streamprep.shards import ShardSample
@@ -96,15 +96,11 @@ def _check_members(file: Any, shard: str, sample: ShardSample) -> Iterator[str]:
 
 def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
     """Each planned clip exactly once."""
-    try:
-        bad = current.read_quarantine(record)
-    except (OSError, ValueError, TypeError) as error:
-        yield f"{record.quarantine.name if record.quarantine else record.unit}: cannot be read: {error}"
+    damage = list(_check_digest(current.store, record.quarantine)) if record.quarantine is not None else []
+    if damage:
+        yield from damage
         return
-    if record.quarantine is not None:
-        found = canonical.bytes_digest(current.store.read(record.quarantine.name))
-        if found != record.quarantine.sha256:
-            yield f"{record.quarantine.name}: its sha256 is {found}, the record says {record.quarantine.sha256}"
+    bad = current.read_quarantine(record)
     keys = [row.key for file in record.files for row in file.rows]
     keys += [clip.key for clip in bad if clip.stage != "plan"]
     yield from (f"unit {unit.id}: {key!r} is there {n} times" for key, n in Counter(keys).items() if n > 1)
@@ -115,15 +111,25 @@ def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
 
 
 def _check_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
+    damage = list(_check_digest(store, file))
+    if damage:
+        yield from damage
+        return
     try:
-        with store.open(file.name) as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
-            if found != file.sha256:
-                yield f"{file.name}: its sha256 is {found}, the record says {file.sha256}"
-                return
         yield from _check_rows(store, file, exporter)
     except (OSError, ValueError) as error:
         yield f"{file.name}: cannot be read: {error}"
+
+
+def _check_digest(store: Store, file: WrittenFile | QuarantineFile) -> Iterator[str]:
+    try:
+        with store.open(file.name) as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
+    except OSError as error:
+        yield f"{file.name}: cannot be read: {error}"
+        return
+    if found != file.sha256:
+        yield f"{file.name}: its sha256 is {found}, the record says {file.sha256}"
 
 
 def _check_rows(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
@@ -152,10 +158,14 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     if not current.store.exists(job.SUCCESS):
         yield f"{job.SUCCESS} is missing: run `streamprep finalize`"
         return
-    yield from (f"{path}: no record names it" for path in leftovers(current, records))
+    yield from (f"{path}: no record names it: run `streamprep finalize`" for path in leftovers(current, records))
     import pyarrow.parquet as pq
 
-    with current.store.open(job.INDEX) as file:
-        indexed = pq.read_table(file, columns=["key"])["key"].to_pylist()
+    try:
+        with current.store.open(job.INDEX) as file:
+            indexed = pq.read_table(file, columns=["key"])["key"].to_pylist()
+    except (OSError, ValueError) as error:
+        yield f"{job.INDEX}: cannot be read: {error}: run `streamprep finalize`"
+        return
     if Counter(indexed) != keys or totals(current).num_rows != len(indexed):
         yield f"{job.INDEX}: lists {len(indexed)} rows, the records {keys.total()}: run `streamprep finalize`"
