@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from streamprep.decode_pool import DecodePool
 from streamprep.decoder import Decoder, DecodeStats, InlineDecoder
 from streamprep.encoders import Encoder, open_encoder
 from streamprep.errors import BadSample, UserError
-from streamprep.finalize import Totals, finalize, totals
+from streamprep.finalize import Totals, finalize, leftovers, totals
 from streamprep.job import BadClip, Job, Unit
 from streamprep.pipeline import Pipeline
 from streamprep.plan import ClipPlan, UnitPlan
@@ -75,7 +77,9 @@ def encode(config: EncodeConfig) -> Totals:
     encoder.contract.check_geometry(height=config.max_height, width=config.max_width, num_frames=config.num_frames)
     current = prepare_job(config, shards, out, encoder.contract, device)
     run(current, config, shards, encoder, device)
-    return totals(current) if out.exists(job.SUCCESS) else finalize(current)
+    if out.exists(job.SUCCESS) and not leftovers(current):
+        return totals(current)
+    return finalize(current)
 
 
 def run(current: Job, config: EncodeConfig, shards: Store, encoder: Encoder, device: torch.device) -> None:
@@ -117,9 +121,10 @@ def _encode_units(
         with progress:
             progress.already_done(progress.total - sum(unit.num_clips for unit in units))
             plans = (replan(shards, unit, config) for unit in claim(committer.job, units))
-            decoded = _collate(shards, plans, decoder, config.preprocess_video_batch_size, pin=device.type == "cuda")
+            buffers = FrameBuffers(pin=device.type == "cuda")
+            decoded = _collate(shards, plans, decoder, buffers, batch_size=config.preprocess_video_batch_size)
             batches = pipeline.stage("collate", decoded, max_items=1)
-            for batch in pipeline.stage("encode", _encode(batches, encoder, config), max_items=2):
+            for batch in pipeline.stage("encode", _encode(batches, encoder, buffers, config), max_items=2):
                 committer.take(batch)
                 progress.advance(len(batch.samples) + len(batch.bad))
             progress.message(_stage_report(pipeline, decoder.stats))
@@ -136,14 +141,34 @@ def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardW
     )
 
 
+class FrameBuffers:
+    """Memory for batches of frames, used again: fresh memory costs its page faults, pinned memory far more."""
+
+    def __init__(self, *, pin: bool) -> None:
+        self._pin = pin
+        self._free: deque[Tensor] = deque()
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """A uint8 tensor with whatever is in it."""
+        while self._free:
+            buffer = self._free.pop()
+            if buffer.shape == shape:
+                return buffer
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Nobody looks at it any more."""
+        self._free.append(buffer)
+
+
 def _collate(
-    shards: Store, units: Iterator[UnitPlan], decoder: Decoder, batch_size: int, *, pin: bool
+    shards: Store, units: Iterator[UnitPlan], decoder: Decoder, buffers: FrameBuffers, *, batch_size: int
 ) -> Iterator[DecodedBatch]:
     """Decode the units' clips and put them together in their planned batches."""
     results = decode_units(shards, units, decoder)
     for unit, first, decoded in results:
         for clips in unit.batches(batch_size):
-            frames = torch.empty((len(clips), *clips[0].request.shape), dtype=torch.uint8, pin_memory=pin)
+            frames = buffers.take((len(clips), *clips[0].request.shape))
             bad: dict[str, BadSample] = {}
             for row, clip in enumerate(clips):
                 if clip is not first:
@@ -172,7 +197,9 @@ def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, bad: dict[str, BadSam
     return ClipBatch(keys=tuple(clip.key for clip in clips), frames=frames)
 
 
-def _encode(batches: Iterator[DecodedBatch], encoder: Encoder, config: EncodeConfig) -> Iterator[EncodedBatch]:
+def _encode(
+    batches: Iterator[DecodedBatch], encoder: Encoder, buffers: FrameBuffers, config: EncodeConfig
+) -> Iterator[EncodedBatch]:
     """Captions once per unit, then its clips batch by batch."""
     unit, texts = None, {}
     for batch in batches:
@@ -180,7 +207,10 @@ def _encode(batches: Iterator[DecodedBatch], encoder: Encoder, config: EncodeCon
             unit = batch.unit
             captions = list(dict.fromkeys(clip.caption for clip in unit.clips))
             texts = dict(zip(captions, encoder.encode_text(captions), strict=True))
-        videos = encoder.encode_batch(batch.frames) if batch.frames is not None else [{}] * len(batch.clips)
+        videos: Sequence[dict[str, Tensor]] = [{}] * len(batch.clips)
+        if batch.frames is not None:
+            videos = encoder.encode_batch(batch.frames)
+            buffers.give_back(batch.frames.frames)
         samples, bad = [], []
         for clip, video in zip(batch.clips, videos, strict=True):
             try:
@@ -194,7 +224,7 @@ def _encode(batches: Iterator[DecodedBatch], encoder: Encoder, config: EncodeCon
 
 def _sample(clip: ClipPlan, tensors: dict[str, Tensor], config: EncodeConfig) -> EncodedSample:
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not np.isfinite(tensor.numpy()).all():  # torch's threads would wait for cores that decoding holds: 20x
             raise BadSample("non_finite", f"{name} holds NaN or infinity", stage="encode")
     return EncodedSample(
         key=clip.key,
