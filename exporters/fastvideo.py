@@ -163,7 +163,7 @@ class _OpenFile:
 
     def abandon(self) -> None:
         """Let go of a file that nobody will see; on a full disk not even its footer can be written."""
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # pyarrow says the second where the first came before
             self._writer.close()
 
 

@@ -48,7 +48,7 @@ def finalize(current: Job) -> Totals:
             f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
         )
     records = list(current.records())
-    _delete_leftovers(current, records)
+    _delete_leftovers(current)
     current.store.put(job.INDEX, _index(records), step="index")
     result = _total(records)
     success = {
@@ -70,8 +70,9 @@ def totals(current: Job) -> Totals:
     return _total(list(current.records()))
 
 
-def leftovers(current: Job, records: Sequence[Record]) -> list[str]:
+def leftovers(current: Job) -> list[str]:
     """Files of units that have a record which does not name them: a killed process's, or the loser's of a race."""
+    records = list(current.records())
     committed = {record.unit for record in records}
     named = {name for record in records for name in job.named_files(record)}
     found = []
@@ -83,8 +84,8 @@ def leftovers(current: Job, records: Sequence[Record]) -> list[str]:
     return found
 
 
-def _delete_leftovers(current: Job, records: Sequence[Record]) -> None:
-    for path in leftovers(current, records):
+def _delete_leftovers(current: Job) -> None:
+    for path in leftovers(current):
         current.store.delete(path, step="delete")
     current.store.remove_unpublished()
 

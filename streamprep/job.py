@@ -40,6 +40,8 @@ PLAN_FORMAT, RECORD_FORMAT = "streamprep-plan/1", "streamprep-record/1"
 UNIT_FILE = re.compile(r"(?P<unit>\d{6})-(\d{5}-)?[0-9a-f]{8}\.[a-z.]+")
 """The only names `finalize` may delete: a unit's data file or quarantine file, which carry their content's digest."""
 
+_RECORD_FILE = re.compile(rf"{RECORDS}/\d{{6}}\.json")
+
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """Everything that decides the output's bytes, by part: video, text, sampling, export, inputs."""
 
@@ -207,6 +209,8 @@ class Job:
     def records(self) -> Iterator[Record]:
         """All records there are."""
         for entry in self.store.list(RECORDS):
+            if not _RECORD_FILE.fullmatch(entry.path):  # .nfs0000..., .DS_Store
+                continue
             yield Record.from_json(self.store.read(entry.path))
 
     def unfinished(self) -> list[Unit]:

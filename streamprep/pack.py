@@ -68,7 +68,8 @@ def pack(config: PackConfig) -> Manifest:
             finished[number] = info
             progress.advance(info.num_samples)
     manifest = Manifest(shards=tuple(finished[number] for number in range(len(shards))))
-    store.put(MANIFEST, manifest.to_json(), step="manifest")
+    if not store.exists(MANIFEST) or store.read(MANIFEST) != manifest.to_json():
+        store.put(MANIFEST, manifest.to_json(), step="manifest")
     store.remove_unpublished()
     return manifest
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,27 @@ def shared_clips(repo_root: Path) -> Path:
     if not clips.is_dir():
         pytest.skip(f"no {clips}")
     return clips
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model of Wan's shape, as the demo's."""
+    from tools.make_tiny_model import make_tiny_model
+
+    out = tmp_path_factory.mktemp("model") / "tiny-wan"
+    make_tiny_model(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """These layers are so small that threads gain nothing on a free machine and lose 20x on a busy one, waiting."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def write_video(

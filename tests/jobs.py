@@ -22,14 +22,13 @@ from streamprep.storage import Store
 from streamprep.verify import verify_job
 
 NUM_FRAMES, TRAIN_FPS = 5, 1
-LAYERS_THREADS = 1  # layers so small lose 20x by a second thread on a busy machine
 FLAGS = {
     "max_height": 32,
     "max_width": 48,
     "num_frames": NUM_FRAMES,
     "train_fps": TRAIN_FPS,
     "samples_per_file": 2,
-    "encode_threads": LAYERS_THREADS,
+    "encode_threads": 1,  # layers so small lose 20x by a second thread on a busy machine
 }
 THIRD_OF_A_SHARD = 330_000
 
@@ -184,9 +183,6 @@ def shards(
             "d1.mp4": good_video,
         }
     )
-
-
-NUM_UNITS, NUM_FILES, NUM_GOOD, NUM_UNDECODABLE = 4, 5, 8, 1
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import html
-import importlib.util
 import io
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +27,7 @@ from torch import Tensor
 from torchcodec.decoders import VideoDecoder
 
 from streamprep import cli
+from tools.make_clips import make_clips
 
 HEIGHT, WIDTH, NUM_FRAMES, TRAIN_FPS = 64, 96, 17, 16.0
 FLAGS = ["--workload-type", "t2v", "--max-height", "64", "--max-width", "96", "--num-frames", "17", "--train-fps", "16"]
@@ -67,34 +65,12 @@ SPECIAL_CAPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These layers are so small that threads gain nothing on a free machine and lose 20x on a busy one, waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def load_tool(repo_root: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, repo_root / "tools" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model") / "tiny-wan"
-    load_tool(repo_root, "make_tiny_model").make_tiny_model(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def pipeline(model: Path) -> WanPipeline:
-    return WanPipeline.from_pretrained(model)
+def pipeline(tiny_model: Path) -> WanPipeline:
+    return WanPipeline.from_pretrained(tiny_model)
 
 
 def streamprep(*arguments: object) -> str:
@@ -137,16 +113,14 @@ class Finished:
 
 
 @pytest.fixture(scope="module", params=["real clips", "made clips"])
-def finished(
-    request: pytest.FixtureRequest, repo_root: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
+def finished(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("job")
     if request.param == "real clips":
         dataset, how = request.getfixturevalue("shared_clips"), []
     else:
         dataset, how = folder / "dataset", ["--serial", "--samples-per-file", "4"]
-        load_tool(repo_root, "make_clips").make_clips(dataset, num_clips=6)
-    output = streamprep("run", dataset, folder / "out", "--model-path", model, *FLAGS, "--encode-threads", 1, *how)
+        make_clips(dataset, num_clips=6)
+    output = streamprep("run", dataset, folder / "out", "--model-path", tiny_model, *FLAGS, "--encode-threads", 1, *how)
     return Finished(dataset, folder / "out", output)
 
 
@@ -234,8 +208,8 @@ def max_difference(ours: Tensor, theirs: Tensor) -> float:
 # Numbers
 
 
-def test_latents_are_those_of_the_second_implementation_bit_for_bit(finished: Finished, model: Path) -> None:
-    vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+def test_latents_are_those_of_the_second_implementation_bit_for_bit(finished: Finished, tiny_model: Path) -> None:
+    vae = AutoencoderKLWan.from_pretrained(tiny_model, subfolder="vae", torch_dtype=torch.float32)
     pixels = [read_pixels(finished.dataset, entry) for entry in finished.entries]
     rows = finished.rows()
     for entry, theirs in zip(finished.entries, encode_videos(vae, pixels, batch_size=2), strict=True):
@@ -350,7 +324,7 @@ def test_verify_finds_nothing_wrong(finished: Finished) -> None:
 def captioned(
     request: pytest.FixtureRequest,
     make_video: Callable[..., Path],
-    model: Path,
+    tiny_model: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Finished, bool]:
     folder = tmp_path_factory.mktemp("captions")
@@ -365,7 +339,7 @@ def captioned(
         folder / "dataset",
         folder / "out",
         "--model-path",
-        model,
+        tiny_model,
         *size,
         clean,
         "--serial",

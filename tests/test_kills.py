@@ -334,7 +334,6 @@ def test_a_full_disk_is_an_error_that_more_room_repairs(
     assert_ends_like(undisturbed(shards), job, serial=True)
 
 
-@pytest.mark.xfail(reason="FastVideoWriter.abandon: pyarrow raises RuntimeError for a file it could not close")
 def test_a_full_disk_is_reported_in_one_line(new_job: NewJob, small_disk: Path) -> None:
     job = new_job(out=small_disk / "out")
     assert job.run(serial=True, crash_at="record.after:1").code == CRASHED

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,18 +17,6 @@ from streamprep.errors import UserError
 from streamprep.models import component_digest, find_model
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
-
-
-@pytest.fixture(scope="session")
-def tiny_model(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("make_tiny_model", repo_root / "tools" / "make_tiny_model.py")
-    assert spec and spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool
-    spec.loader.exec_module(tool)
-    out = tmp_path_factory.mktemp("model") / "tiny-wan"
-    tool.make_tiny_model(out)
-    return out
 
 
 @pytest.fixture

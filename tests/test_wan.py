@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,25 +30,12 @@ CAPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These layers are so small that threads gain nothing on a free machine and lose 20x on a busy one, waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("make_tiny_model", repo_root / "tools" / "make_tiny_model.py")
-    assert spec and spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool
-    spec.loader.exec_module(tool)
-    out = tmp_path_factory.mktemp("model") / "tiny-wan"
-    tool.make_tiny_model(out)
-    return out
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 def open_wan(model: Path, *, clean_captions: bool = True, text_batch_size: int = 8) -> WanEncoder:

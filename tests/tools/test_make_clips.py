@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import av
@@ -12,18 +10,7 @@ import numpy as np
 import pytest
 from torchcodec.decoders import VideoDecoder
 
-
-def load_tool(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("make_clips")
+from tools import make_clips as tool
 
 
 @pytest.fixture(scope="module")

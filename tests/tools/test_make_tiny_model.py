@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,28 +10,10 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5EncoderModel
 
+from tools import make_clips as clips_tool
+from tools import make_tiny_model as tool
 
-def load_tool(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("make_tiny_model")
-clips_tool = load_tool("make_clips")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These layers are so small that two threads gain 1.5x on a free machine and lose 20x on a busy one, waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
