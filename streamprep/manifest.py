@@ -24,10 +24,8 @@ class ShardInfo:
     """Of the tar, relative to the manifest."""
     num_samples: int
     size_bytes: int
-    sha256: str
-    """Of the tar, in hex."""
     index_sha256: str
-    """Of the index beside it, in hex: stands for every decision that is made from it."""
+    """Of the index beside it, in hex: stands for every byte of the tar, and every decision that is made from it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

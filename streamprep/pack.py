@@ -30,7 +30,7 @@ from streamprep.keys import extension_of
 from streamprep.manifest import MANIFEST, PACK, Manifest, ShardInfo
 from streamprep.probe import ProbeError, probe_video
 from streamprep.progress import Progress, count, size
-from streamprep.shards import Member, ShardIndex, ShardSample, TarWriter, index_name
+from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing
 from streamprep.storage import Store, open_store
@@ -184,9 +184,9 @@ def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]
         with open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES) as target:
             tar = TarWriter(target)
             packed = tuple(_add_sample(tar, *read) for read in _read_ahead(root, samples))
-            sha256 = tar.finish()
+            tar.finish()
         file.publish(name, step="shard")
-    index = ShardIndex(name=name, size_bytes=tar.size_bytes, sha256=sha256, samples=packed)
+    index = ShardIndex(name=name, size_bytes=tar.size_bytes, samples=packed)
     data = index.to_json()
     store.put(index_name(name), data, step="shard_index")
     return _info(index, data)
@@ -214,21 +214,20 @@ def _open_and_probe(root: Path, sample: RawSample) -> tuple[RawSample, BinaryIO,
 
 
 def _add_sample(tar: TarWriter, sample: RawSample, file: BinaryIO, metadata: dict[str, Any]) -> ShardSample:
-    members = {"json": _add_bytes(tar, f"{sample.key}.json", canonical.to_json(metadata))}
-    extension = metadata["extension"]
-    with file:
-        file.seek(0)
-        members[extension] = tar.add(
-            f"{sample.key}.{extension}", _chunks(file), size=sample.size_bytes, sha256=metadata["sha256"]
-        )
+    small = {"json": canonical.to_json(metadata)}
     if sample.captions:
-        text = sample.captions[0].encode("utf-8", "surrogatepass")
-        members["txt"] = _add_bytes(tar, f"{sample.key}.txt", text)
+        small["txt"] = sample.captions[0].encode("utf-8", "surrogatepass")
+    members = {}
+    for extension in sorted((*small, metadata["extension"])):
+        name = f"{sample.key}.{extension}"
+        if extension in small:
+            data = small[extension]
+            members[extension] = tar.add(name, (data,), size=len(data), sha256=canonical.bytes_digest(data))
+        else:
+            with file:
+                file.seek(0)
+                members[extension] = tar.add(name, _chunks(file), size=sample.size_bytes, sha256=metadata["sha256"])
     return ShardSample(key=sample.key, members=members, metadata=metadata)
-
-
-def _add_bytes(tar: TarWriter, name: str, data: bytes) -> Member:
-    return tar.add(name, (data,), size=len(data), sha256=canonical.bytes_digest(data))
 
 
 def _metadata(sample: RawSample, video: BinaryIO) -> dict[str, Any]:
@@ -261,7 +260,6 @@ def _info(index: ShardIndex, data: bytes) -> ShardInfo:
         name=index.name,
         num_samples=len(index.samples),
         size_bytes=index.size_bytes,
-        sha256=index.sha256,
         index_sha256=canonical.bytes_digest(data),
     )
 

