@@ -15,9 +15,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-DEMO := demo
 DATASET ?=
 MODEL ?=
+DEMO ?= $(if $(DATASET)$(MODEL),demo-own,demo)
 DEMO_FLAGS ?= $(if $(MODEL),,--max-height 128 --max-width 224 --num-frames 17)
 
 .PHONY: demo test test-slow check clean
@@ -41,4 +41,4 @@ check: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) demo demo-own

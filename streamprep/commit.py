@@ -11,8 +11,9 @@ from typing import Any
 
 from streamprep import canonical, job
 from streamprep.errors import TooManyBadSamples
-from streamprep.job import BadClip, Job, Record
+from streamprep.job import Job
 from streamprep.plan import UnitPlan
+from streamprep.record import BadClip, Record, named_files
 from streamprep.types import EncodedSample, ShardWriter, WrittenFile
 
 _ALWAYS_ALLOWED_BAD = 20
@@ -165,6 +166,6 @@ class Committer:
         """Another process committed this unit first: its record counts, our files that it does not name go."""
         theirs = self.job.record(ours.unit)
         assert theirs is not None
-        kept = job.named_files(theirs)
-        for name in job.named_files(ours) - kept:
+        kept = named_files(theirs)
+        for name in named_files(ours) - kept:
             self.job.store.delete(name, step="delete")

@@ -32,11 +32,12 @@ from streamprep.decoder import Decoder, DecodeStats, InlineDecoder
 from streamprep.encoders import Encoder, open_encoder
 from streamprep.errors import BadSample, UserError
 from streamprep.finalize import Totals, finalize, leftovers, totals
-from streamprep.job import BadClip, Job, Unit
+from streamprep.job import Job, Unit
 from streamprep.pipeline import Pipeline
 from streamprep.plan import ClipPlan, UnitPlan
 from streamprep.prepare import prepare_job, replan
 from streamprep.progress import Progress, count
+from streamprep.record import BadClip
 from streamprep.storage import Store, open_store
 from streamprep.stream import decode_units
 from streamprep.types import ClipBatch, EncodedSample, ShardWriter

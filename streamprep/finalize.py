@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from streamprep import canonical, job
 from streamprep.errors import UserError
-from streamprep.job import Job, Record
+from streamprep.job import Job
 from streamprep.progress import count
+from streamprep.record import Record, named_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def leftovers(current: Job) -> list[str]:
     """Files of units that have a record which does not name them: a killed process's, or the loser's of a race."""
     records = list(current.records())
     committed = {record.unit for record in records}
-    named = {name for record in records for name in job.named_files(record)}
+    named = {name for record in records for name in named_files(record)}
     found = []
     for folder in (current.plan.data_folder, job.QUARANTINE):
         for entry in current.store.list(folder):

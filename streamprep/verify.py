@@ -12,9 +12,10 @@ import numpy as np
 
 from streamprep import job, plugins
 from streamprep.finalize import leftovers, totals
-from streamprep.job import Job, QuarantineFile, Record, Unit
+from streamprep.job import Job, Unit
 from streamprep.manifest import load_index, load_manifest
 from streamprep.progress import Progress
+from streamprep.record import QuarantineFile, Record
 from streamprep.shards import check_shard
 from streamprep.storage import Store
 from streamprep.types import WrittenFile

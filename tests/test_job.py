@@ -24,8 +24,9 @@ from streamprep.cli import main
 from streamprep.commit import Committer, EncodedBatch
 from streamprep.errors import TooManyBadSamples, UserError
 from streamprep.finalize import finalize, totals
-from streamprep.job import BadClip, Job, JobPlan, QuarantineFile, Record, Unit, open_job, start_or_join
+from streamprep.job import Job, JobPlan, Unit, open_job, start_or_join
 from streamprep.plan import Excluded, UnitPlan
+from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.storage import Store
 from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
 

@@ -1,0 +1,129 @@
+"""A record: what became of one unit. Creating it is the commit; what no record names does not exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamprep import canonical
+from streamprep.plan import Excluded
+from streamprep.types import TensorLocation, WrittenFile, WrittenRow
+
+FORMAT = "streamprep-record/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadClip:
+    """One line of a quarantine file."""
+
+    key: str
+    stage: str
+    reason: str
+    exception: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineFile:
+    """The bad samples of a unit, as zstandard-compressed JSON lines."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What became of one unit: the commit."""
+
+    unit: str
+    files: tuple[WrittenFile, ...]
+    bad: Mapping[str, int]
+    """How many for each reason."""
+    dropped: tuple[Excluded, ...]
+    quarantine: QuarantineFile | None
+    seconds: Mapping[str, float]
+    """Time per stage."""
+
+    @property
+    def num_rows(self) -> int:
+        """In all files."""
+        return sum(len(file.rows) for file in self.files)
+
+    @property
+    def num_bad(self) -> int:
+        """For any reason."""
+        return sum(self.bad.values())
+
+    def to_json(self) -> bytes:
+        """The content of ``records/UNIT.json``; a row is written ``[key, bucket, row group, {tensor: location}]``."""
+        value = {
+            "format": FORMAT,
+            "unit": self.unit,
+            "num_rows": self.num_rows,
+            "files": [
+                {
+                    "name": file.name,
+                    "size_bytes": file.size_bytes,
+                    "sha256": file.sha256,
+                    "rows": [_row_to_json(row) for row in file.rows],
+                }
+                for file in self.files
+            ],
+            "bad": dict(self.bad),
+            "dropped": [[item.key, item.reason, item.message] for item in self.dropped],
+            "quarantine": dataclasses.asdict(self.quarantine) if self.quarantine else None,
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+        }
+        return canonical.to_json(value) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Record:
+        """The reverse of `to_json`; `ValueError` if it is not one."""
+        value = json.loads(data)
+        if value.get("format") != FORMAT:
+            raise ValueError(f"not a record of format {FORMAT}")
+        return cls(
+            unit=value["unit"],
+            files=tuple(
+                WrittenFile(
+                    name=file["name"],
+                    size_bytes=file["size_bytes"],
+                    sha256=file["sha256"],
+                    rows=tuple(_row_from_json(row) for row in file["rows"]),
+                )
+                for file in value["files"]
+            ),
+            bad=value["bad"],
+            dropped=tuple(
+                Excluded(key=key, reason=reason, message=message) for key, reason, message in value["dropped"]
+            ),
+            quarantine=QuarantineFile(**value["quarantine"]) if value["quarantine"] else None,
+            seconds=value["seconds"],
+        )
+
+
+def named_files(record: Record) -> set[str]:
+    """Everything a record vouches for."""
+    quarantine = {record.quarantine.name} if record.quarantine else set()
+    return {file.name for file in record.files} | quarantine
+
+
+def _row_to_json(row: WrittenRow) -> list[Any]:
+    tensors = {name: [t.offset, t.size, t.dtype, list(t.shape)] for name, t in row.tensors.items()}
+    return [row.key, row.bucket, row.row_group, tensors]
+
+
+def _row_from_json(value: Sequence[Any]) -> WrittenRow:
+    key, bucket, row_group, tensors = value
+    return WrittenRow(
+        key=key,
+        bucket=bucket,
+        row_group=row_group,
+        tensors={
+            name: TensorLocation(offset=offset, size=size, dtype=dtype, shape=tuple(shape))
+            for name, (offset, size, dtype, shape) in tensors.items()
+        },
+    )
