@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from streamprep import canonical, job
-from streamprep.errors import UserError
+from streamprep.errors import TooManyBadSamples, UserError
 from streamprep.job import Job
 from streamprep.progress import count
 from streamprep.record import Record, named_files
@@ -41,7 +41,11 @@ def finalize(current: Job) -> Totals:
 
     Raises:
         UserError: if some are not.
+        TooManyBadSamples: if it was stopped for that.
     """
+    stopped = current.stop_reason()
+    if stopped is not None:
+        raise TooManyBadSamples(stopped["message"])
     unfinished = current.unfinished()
     if unfinished:
         raise UserError(

@@ -73,16 +73,32 @@ def load_manifest(store: Store) -> Manifest:
         raise UserError(f"{store.url}/{MANIFEST} is not JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"{store.url}/{MANIFEST} is not a manifest of format {FORMAT}")
-    return Manifest(shards=tuple(ShardInfo(**shard) for shard in value["shards"]))
+    try:
+        return Manifest(shards=tuple(ShardInfo(**shard) for shard in value["shards"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{store.url}/{MANIFEST} is damaged ({error}): pack again") from error
 
 
 def load_index(store: Store, shard: ShardInfo) -> ShardIndex:
     """The index of a shard, as it was when the manifest was written.
 
     Raises:
-        UserError: if it has changed since.
+        UserError: if it has changed since, or the tar has.
     """
-    data = store.read(index_name(shard.name))
-    if canonical.bytes_digest(data) != shard.index_sha256:
-        raise UserError(f"{store.url}/{index_name(shard.name)} is not the index that {MANIFEST} names: pack again")
-    return ShardIndex.from_json(data)
+    return read_index(store, shard.name, sha256=shard.index_sha256)
+
+
+def read_index(store: Store, shard: str, *, sha256: str) -> ShardIndex:
+    """The index of a shard whose index is known by its digest.
+
+    Raises:
+        UserError: if it is another one by now, or the tar beside it is missing or of another size.
+    """
+    data = store.read(index_name(shard))
+    if canonical.bytes_digest(data) != sha256:
+        raise UserError(f"{store.url}/{index_name(shard)} is not the index it was, which {MANIFEST} names: pack again")
+    index = ShardIndex.from_json(data)
+    found = store.size_bytes(shard)
+    if found != index.size_bytes:
+        raise UserError(f"{store.url}/{shard} has {found} bytes, its index says {index.size_bytes}: pack again")
+    return index

@@ -16,10 +16,9 @@ from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.job import Job, JobPlan, Unit
-from streamprep.manifest import Manifest, load_index, load_manifest
+from streamprep.manifest import Manifest, load_index, load_manifest, read_index
 from streamprep.plan import SamplingRules, UnitPlan, plan_unit
 from streamprep.progress import count, size
-from streamprep.shards import ShardIndex, index_name
 from streamprep.storage import Store
 
 
@@ -60,12 +59,8 @@ def prepare_job(config: EncodeConfig, shards: Store, out: Store, contract: Laten
 
 def replan(shards: Store, unit: Unit, config: EncodeConfig) -> UnitPlan:
     """The decisions about one unit, which follow from its index again and again."""
-    data = shards.read(index_name(unit.shard))
-    if canonical.bytes_digest(data) != unit.index_sha256:
-        raise UserError(
-            f"{shards.url}/{index_name(unit.shard)} has changed since the job began: use a new output folder"
-        )
-    plan = plan_unit(unit.id, ShardIndex.from_json(data), _rules(config), limit=unit.limit)
+    index = read_index(shards, unit.shard, sha256=unit.index_sha256)
+    plan = plan_unit(unit.id, index, _rules(config), limit=unit.limit)
     assert job.keys_digest(clip.key for clip in plan.clips) == unit.clips_sha256, f"unit {unit.id} is planned otherwise"
     return plan
 

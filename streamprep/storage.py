@@ -82,7 +82,8 @@ class Store:
             while len(data) < size:  # a single read returns at most 2 GiB
                 more = os.pread(file.fileno(), size - len(data), offset + len(data))
                 if not more:
-                    raise EOFError(f"{path} ends at byte {offset + len(data)}, {offset + size} were expected")
+                    found = os.fstat(file.fileno()).st_size
+                    raise EOFError(f"{path} has {found} bytes, {offset + size} were expected")
                 data += more
         return data
 
@@ -93,6 +94,10 @@ class Store:
     def exists(self, path: str) -> bool:
         """Whether the file is there."""
         return self._resolve(path).is_file()
+
+    def size_bytes(self, path: str) -> int:
+        """Of a file; `FileNotFoundError` if there is none."""
+        return self._resolve(path).stat().st_size
 
     def list(self, folder: str = "") -> Iterator[FileEntry]:
         """The files directly in a folder, sorted by name; nothing if there is no such folder."""

@@ -242,7 +242,7 @@ def test_read_range_gives_exactly_what_was_asked_for(store: Store) -> None:
     store.put("file", b"0123456789", step="data")
     assert store.read_range("file", 3, 4) == b"3456"
     assert store.read_range("file", 10, 0) == b""
-    with pytest.raises(EOFError, match="file ends at byte 10, 12 were expected"):
+    with pytest.raises(EOFError, match="file has 10 bytes, 12 were expected"):
         store.read_range("file", 8, 4)
     with pytest.raises(EOFError):
         store.read_range("file", 20, 1)

@@ -50,7 +50,7 @@ def test_a_tar_of_another_size_is_found(
     tar = shards / "000000.tar"
     tar.write_bytes(change(tar.read_bytes()))
     assert main(["verify", str(shards)]) == 1
-    assert "the index says" in capsys.readouterr().out
+    assert "index says" in capsys.readouterr().out
 
 
 def test_a_missing_tar_is_found(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,4 +63,22 @@ def test_an_index_that_the_manifest_does_not_know_is_found(shards: Path, capsys:
     index = shards / "000000.json"
     index.write_text(index.read_text().replace("caption 1", "caption 9"))
     assert main(["verify", str(shards)]) == 1
-    assert "is not the index that manifest.json names" in capsys.readouterr().out
+    assert "is not the index it was" in capsys.readouterr().out
+
+
+def test_encode_refuses_a_shard_of_another_size_before_work(
+    shards: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = shards / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1])
+    size = ["--max-height", "32", "--max-width", "48", "--num-frames", "1"]
+    assert main(["encode", str(shards), str(tmp_path / "out"), "--model-path", str(tiny_model), *size]) == 2
+    assert "000000.tar has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format":"streamprep-shards/1","shards":[{"x":1}]}'])
+def test_a_damaged_manifest_is_said_to_be(shards: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (shards / "manifest.json").write_text(content)
+    assert main(["verify", str(shards)]) == 2
+    assert "manifest.json" in capsys.readouterr().err
