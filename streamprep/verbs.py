@@ -73,7 +73,8 @@ def verify(config: VerifyConfig) -> int:
     from streamprep.verify import verify_job, verify_shards
 
     store = open_store(config.out)
-    if store.exists(MANIFEST) and not store.exists(PLAN):
+    is_shards = store.exists(MANIFEST) and not store.exists(PLAN)
+    if is_shards:
         verdict = verify_shards(store)
         what = f"{count(verdict.num_rows, 'video')} in {count(verdict.num_files, 'shard')}"
     else:
@@ -82,6 +83,8 @@ def verify(config: VerifyConfig) -> int:
     for problem in verdict.problems:
         print(f"WRONG {problem}")
     print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}")
+    if verdict.problems and not is_shards:
+        print("to make a unit again, delete its record in _streamprep/records and run the same `streamprep encode`")
     return 1 if verdict.problems else 0
 
 
