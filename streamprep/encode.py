@@ -77,8 +77,9 @@ def encode(config: EncodeConfig) -> Totals:
     )
     encoder.contract.check_geometry(height=config.max_height, width=config.max_width, num_frames=config.num_frames)
     current = prepare_job(config, shards, out, encoder.contract, device)
+    was_done = not current.unfinished() and out.exists(job.SUCCESS) and out.exists(job.INDEX)
     run(current, config, shards, encoder, device)
-    if out.exists(job.SUCCESS) and not leftovers(current):
+    if was_done and not leftovers(current):
         return totals(current)
     return finalize(current)
 

@@ -50,5 +50,8 @@ class TooManyBadSamples(Exception):
     """More samples are bad than the job allows: then the settings are wrong, not the data."""
 
 
-class Stopped(Exception):
-    """A signal asked the job to stop; what is committed stays, the same command resumes it."""
+class Stopped(BaseException):
+    """A signal asked the job to stop; what is committed stays, the same command resumes it.
+
+    Like `KeyboardInterrupt` no `Exception`: libraries swallow those while they are imported.
+    """

@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -39,6 +40,7 @@ from streamprep.watchdog import end_with_the_parent
 
 FORMAT = "streamprep-pack/1"
 SKIPPED = "skipped.jsonl"
+_OUR_FILE = re.compile(r"\d{6}\.(tar|json)|manifest\.json|skipped\.jsonl")
 _CHUNK_BYTES = 2**18
 _WRITE_BUFFER_BYTES = 2**18
 
@@ -103,6 +105,7 @@ def _start(store: Store, config: PackConfig, listing: Listing, *, num_shards: in
         "shuffle": config.shuffle,
     }
     if not store.exists(PACK):
+        _check_nothing_of_others(store)
         _check_space(store, sum(sample.size_bytes for sample in listing.samples))
     if store.put_if_absent(PACK, canonical.to_pretty_json(wanted), step="pack"):
         pass
@@ -118,6 +121,13 @@ def _start(store: Store, config: PackConfig, listing: Listing, *, num_shards: in
     if listing.skipped and not store.exists(SKIPPED):
         lines = [canonical.to_json(dataclasses.asdict(skipped)) + b"\n" for skipped in listing.skipped]
         store.put(SKIPPED, b"".join(lines), step="skipped")
+
+
+def _check_nothing_of_others(store: Store) -> None:
+    """Files of our names without a pack.json are somebody else's, or of a pack whose listing is lost."""
+    for entry in store.list():
+        if _OUR_FILE.fullmatch(entry.path):
+            raise UserError(f"{store.url} has a file {entry.path} but no {PACK}: pack into a new folder")
 
 
 def _check_space(store: Store, needed_bytes: int) -> None:

@@ -35,6 +35,8 @@ def prepare_job(config: EncodeConfig, shards: Store, out: Store, contract: Laten
         present = job.open_job(out)
         job.check_same(out, present.plan.fingerprint, fingerprint)
         return present
+    if next(out.list(job.RECORDS), None) is not None:
+        raise UserError(f"{out.url} has records of a job whose {job.PLAN} is lost: use a new output folder")
     units = _plan_units(shards, manifest, _rules(config), config.max_samples)
     plan = JobPlan(
         shards=shards.url,

@@ -104,7 +104,7 @@ class Store:
         try:
             with os.scandir(self._resolve(folder) if folder else self.root) as scan:
                 entries = sorted((entry for entry in scan if entry.is_file()), key=lambda entry: entry.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
             status = entry.stat()
