@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -36,13 +37,23 @@ def shared_clips(repo_root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete model of Wan's shape, as the demo's."""
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_models(variant)``: a complete model of that Wan's shape, made once. Copy it to change it."""
     from tools.make_tiny_model import make_tiny_model
 
-    out = tmp_path_factory.mktemp("model") / "tiny-wan"
-    make_tiny_model(out)
-    return out
+    @functools.cache
+    def make(variant: str) -> Path:
+        out = tmp_path_factory.mktemp(f"model-{variant}") / "tiny-wan"
+        make_tiny_model(out, variant=variant)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_models: Callable[[str], Path]) -> Path:
+    """The text-to-video model, as the demo's."""
+    return tiny_models("2.1-t2v")
 
 
 @pytest.fixture(scope="module")

@@ -191,6 +191,7 @@ def _command(arguments: list[str], environment: dict[str, str], log: str) -> int
             os.dup2(source.fileno(), target)
     if arguments[0].endswith(".py"):
         sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
         return 0
     from streamprep.cli import main
