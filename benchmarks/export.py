@@ -36,7 +36,7 @@ from _measure import environment, goal, markdown, parser, ratios, report, rounds
 
 from exporters.fastvideo import _OpenFile, open_shard, schema
 from streamprep.storage import Store
-from streamprep.types import EncodedSample
+from streamprep.types import EncodedClip, EncodedSample
 
 LATENT_SHAPE, TEXT_SHAPE = (16, 20, 60, 104), (120, 4096)
 TENSORS = ("vae_latent", "text_embedding")
@@ -98,11 +98,7 @@ def _sample(number: int) -> EncodedSample:
         },
         file_name=f"sample_{number:06d}.mp4",
         caption=f"The caption of sample {number}.",
-        width=832,
-        height=480,
-        num_frames=77,
-        train_fps=16.0,
-        source_fps=30.0,
+        clip=EncodedClip(width=832, height=480, num_frames=77, train_fps=16.0, source_fps=30.0),
     )
 
 
@@ -167,16 +163,18 @@ def _write_as_fastvideo(samples: Sequence[EncodedSample], path: Path) -> None:
 
 
 def _record(sample: EncodedSample) -> dict[str, Any]:
+    clip = sample.clip
+    assert clip is not None
     record: dict[str, Any] = {
         "id": sample.id,
         "file_name": sample.file_name,
         "caption": sample.caption,
         "media_type": "video",
-        "width": sample.width,
-        "height": sample.height,
+        "width": clip.width,
+        "height": clip.height,
         "num_frames": LATENT_SHAPE[1],
-        "duration_sec": sample.num_frames / sample.train_fps,
-        "fps": sample.source_fps,
+        "duration_sec": clip.num_frames / clip.train_fps,
+        "fps": clip.source_fps,
     }
     for name, array in zip(TENSORS, _arrays(sample), strict=True):
         record[f"{name}_bytes"] = array.tobytes()

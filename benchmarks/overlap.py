@@ -16,6 +16,7 @@ Example: python benchmarks/overlap.py
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import shutil
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _measure import environment, goal, markdown, parser, report, say, spread, work_folder
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from streamprep.types import ClipBatch
 
 TRAIN_FPS = 16
-LATENT_SHAPE, TEXT_SHAPE = (16, 20, 60, 104), (120, 4096)
+TEXT_SHAPE = (120, 4096)
 MODES = ("overlapped", "serial")
 
 
@@ -118,11 +120,8 @@ def _jobs(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Run `streamprep encode`'s own loop once, with the stand-in."""
-    import torch
-
     from streamprep.config import EncodeConfig
-    from streamprep.encode import run
-    from streamprep.prepare import prepare_job
+    from streamprep.encode import run, settle
     from streamprep.storage import open_store
 
     config = EncodeConfig(
@@ -138,12 +137,11 @@ def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         serial=mode == "serial",
     )
     shutil.rmtree(args.work / "out", ignore_errors=True)
-    encoder, device = StandIn(args.seconds_per_clip), torch.device("cpu")
+    encoder = StandIn(args.seconds_per_clip, num_frames=args.num_frames)
     shards, out = open_store(config.shards), open_store(config.out)
     with redirect_stderr(io.StringIO()) as log:
-        current = prepare_job(config, shards, out, encoder.contract, device)
         began = time.perf_counter()
-        run(current, config, shards, encoder, device)
+        current, _ = run(settle(config, out), shards, out, encoder)
         ended = time.perf_counter()
     assert encoder.first_batch is not None
     return {
@@ -160,65 +158,45 @@ def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 class StandIn:
     """An encoder that takes its time and computes nothing: a `streamprep.encoders.Encoder`."""
 
-    def __init__(self, seconds_per_clip: float) -> None:
-        import torch
-
+    def __init__(self, seconds_per_clip: float, *, num_frames: int) -> None:
         self.contract = _contract()
         self.busy_seconds = 0.0
         self.first_batch: float | None = None
         """When encoding began."""
-        self._seconds_per_clip = seconds_per_clip
-        self._latent, self._text = torch.randn(LATENT_SHAPE), torch.randn(TEXT_SHAPE)
+        self._seconds_per_clip, self._num_frames = seconds_per_clip, num_frames
 
     def load(self) -> None:
         """There is nothing to load."""
 
     def encode_text(self, captions: Sequence[str]) -> list[Tensor]:
-        """The same for every caption, at once."""
-        return [self._text] * len(captions)
+        """For each caption something of its own, at once."""
+        return [_noise(TEXT_SHAPE, seed=len(caption)) for caption in captions]
 
     def encode_batch(self, batch: ClipBatch) -> list[dict[str, Tensor]]:
-        """The same for every clip, after a while."""
+        """For each clip something of its own, after a while; the self-check's small clips are not counted."""
+        _, frames, _, height, width = batch.frames.shape
         began = time.perf_counter()
-        if self.first_batch is None:
-            self.first_batch = began
-        time.sleep(self._seconds_per_clip * len(batch.keys))
-        self.busy_seconds += time.perf_counter() - began
-        return [{"vae_latent": self._latent}] * len(batch.keys)
+        if frames == self._num_frames:
+            if self.first_batch is None:
+                self.first_batch = began
+            time.sleep(self._seconds_per_clip * len(batch.keys))
+            self.busy_seconds += time.perf_counter() - began
+        shape = (16, 1 + (frames - 1) // 4, height // 8, width // 8)
+        return [{"vae_latent": _noise(shape, seed=row)} for row in range(len(batch.keys))]
+
+
+@functools.cache
+def _noise(shape: tuple[int, ...], *, seed: int) -> Tensor:
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _contract() -> LatentContract:
-    from streamprep.contract import LatentContract
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from making import make_contract
 
-    nothing = "stand-in"
-    return LatentContract(
-        family=nothing,
-        model=nothing,
-        revision=None,
-        vae_class=nothing,
-        vae_dtype="float32",
-        vae_sha256=nothing,
-        posterior="mean",
-        space="raw",
-        latents_mean=(0.0,) * 16,
-        latents_std=(1.0,) * 16,
-        latent_channels=16,
-        temporal_factor=4,
-        spatial_factor=8,
-        spatial_multiple=16,
-        frame_rule="4k+1",
-        pixel_range=(-1.0, 1.0),
-        resize_rule=nothing,
-        fps_rule=nothing,
-        text_encoder_class=nothing,
-        text_dtype="float32",
-        text_sha256=nothing,
-        text_max_length=512,
-        text_states="last_hidden_state",
-        text_padding="trimmed",
-        captions_cleaned=False,
-        tensors={"vae_latent": "constant", "text_embedding": "constant"},
-    )
+    return make_contract(model="stand-in", dim=TEXT_SHAPE[1])
 
 
 if __name__ == "__main__":

@@ -24,12 +24,21 @@ from streamprep.types import EncodedSample, TensorLocation, WrittenFile, Written
 
 FOLDER = "combined_parquet_dataset"
 MAX_FILE_BYTES = 512 * 10**6
-TENSORS = {"t2v": ("vae_latent", "text_embedding")}
+TENSORS = {
+    "t2v": ("vae_latent", "text_embedding"),
+    "i2v": ("vae_latent", "text_embedding", "clip_feature", "first_frame_latent", "pil_image"),
+    "text": ("text_embedding",),
+}
 """The tensors of each workload, in the schema's order."""
+WORKLOADS = tuple(TENSORS)
+POSTERIORS = ("mean",)
+_MAY_BE_EMPTY = ("clip_feature", "first_frame_latent", "pil_image")
+"""What not every image-to-video model takes, and a picture that no trainer reads as it should (FastVideo's own reader
+takes its uint8 for float32): their columns are there, with no bytes, as FastVideo writes them."""
 
 
 def schema(workload: str) -> pa.Schema:
-    """FastVideo's schema for a workload: ``pyarrow_schema_t2v``."""
+    """FastVideo's schema for a workload: its ``pyarrow_schema_t2v``, ``_i2v`` or ``_text_only``."""
     triplets = [
         field
         for name in TENSORS[workload]
@@ -39,6 +48,8 @@ def schema(workload: str) -> pa.Schema:
             pa.field(f"{name}_dtype", pa.string()),
         )
     ]
+    if workload == "text":
+        return pa.schema([pa.field("id", pa.string()), *triplets, pa.field("caption", pa.string())])
     metadata = [
         pa.field("file_name", pa.string()),
         pa.field("caption", pa.string()),
@@ -137,7 +148,11 @@ class _OpenFile:
         )
 
     def write(self, sample: EncodedSample, tensor_names: tuple[str, ...]) -> None:
-        arrays = {name: np.ascontiguousarray(sample.tensors[name].float().numpy()) for name in tensor_names}
+        arrays = {
+            name: np.ascontiguousarray(sample.tensors[name].float().numpy())
+            for name in tensor_names
+            if name in sample.tensors or name not in _MAY_BE_EMPTY
+        }
         self._writer.write_table(_row(sample, arrays, self._schema), row_group_size=1)
         self.samples.append((sample.key, sample.bucket))
         self.shapes.append({name: array.shape for name, array in arrays.items()})
@@ -156,6 +171,7 @@ class _OpenFile:
                 tensors={
                     name: _location(metadata.row_group(number).column(columns[f"{name}_bytes"]), shapes[name])
                     for name in tensor_names
+                    if name in shapes
                 },
             )
             for number, ((key, bucket), shapes) in enumerate(zip(self.samples, self.shapes, strict=True))
@@ -168,21 +184,21 @@ class _OpenFile:
 
 
 def _row(sample: EncodedSample, arrays: Mapping[str, np.ndarray[Any, Any]], row_schema: pa.Schema) -> pa.Table:
-    columns: dict[str, Any] = {
-        "id": [sample.id],
-        "file_name": [sample.file_name],
-        "caption": [sample.caption],
-        "media_type": ["video"],
-        "width": [sample.width],
-        "height": [sample.height],
-        "num_frames": [arrays["vae_latent"].shape[1]],  # latent frames: what FastVideo's own writers put here
-        "duration_sec": [sample.num_frames / sample.train_fps],
-        "fps": [sample.source_fps],
-    }
-    for name, array in arrays.items():
-        columns[f"{name}_bytes"] = _binary(array)
-        columns[f"{name}_shape"] = [list(array.shape)]
-        columns[f"{name}_dtype"] = [str(array.dtype)]
+    columns: dict[str, Any] = {"id": [sample.id], "file_name": [sample.file_name], "caption": [sample.caption]}
+    if (clip := sample.clip) is not None:
+        columns |= {
+            "media_type": ["video"],
+            "width": [clip.width],
+            "height": [clip.height],
+            "num_frames": [arrays["vae_latent"].shape[1]],  # latent frames: what FastVideo's own writers put here
+            "duration_sec": [clip.num_frames / clip.train_fps],
+            "fps": [clip.source_fps],
+        }
+    for name in (column.removesuffix("_bytes") for column in row_schema.names if _is_tensor_column(column)):
+        array = arrays.get(name)
+        columns[f"{name}_bytes"] = [b""] if array is None else _binary(array)
+        columns[f"{name}_shape"] = [[] if array is None else list(array.shape)]
+        columns[f"{name}_dtype"] = ["" if array is None else str(array.dtype)]
     return pa.table(
         [
             pa.array(columns[f.name], f.type) if isinstance(columns[f.name], list) else columns[f.name]
@@ -218,7 +234,7 @@ def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, np.ndarr
                 tensors = {
                     column.removesuffix("_bytes"): _array(row, column.removesuffix("_bytes"))
                     for column in row
-                    if _is_tensor_column(column)
+                    if _is_tensor_column(column) and row[column]
                 }
                 yield row["id"], tensors
 

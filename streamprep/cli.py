@@ -20,7 +20,7 @@ import tyro
 
 from streamprep import __version__
 from streamprep import config as configs
-from streamprep.errors import Stopped, TooManyBadSamples, UserError
+from streamprep.errors import LatentMismatch, Stopped, TooManyBadSamples, UserError
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
 """Exit codes."""
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), TOO_MANY_BAD)
     except Stopped as error:
         return _complain(str(error), STOPPED)
+    except LatentMismatch as error:
+        return _complain(str(error), FAILED)
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -26,7 +26,10 @@ class EncodedBatch:
 
     unit: UnitPlan
     samples: Sequence[EncodedSample]
+    """A row for each caption."""
     bad: Sequence[BadClip]
+    num_samples: int
+    """Planned, whatever became of them."""
     last: bool
     """Whether it is the unit's last."""
 
@@ -93,19 +96,6 @@ class Committer:
         self._unit_bad = []
         self._unit_began = time.monotonic()
 
-    def obey_earlier_stop(self) -> None:
-        """Stop again if the job was stopped for bad samples and is not allowed more of them now.
-
-        Raises:
-            TooManyBadSamples: with what was found then.
-        """
-        stopped = self.job.stop_reason()
-        if stopped is None:
-            return
-        if self._max_bad_fraction <= stopped["max_bad_fraction"]:
-            raise TooManyBadSamples(stopped["message"])
-        self.job.store.delete(job.STOP, step="delete")
-
     def check_bad_limit(self) -> None:
         """Stop the job if more samples are bad than allowed.
 
@@ -169,3 +159,17 @@ class Committer:
         kept = named_files(theirs)
         for name in named_files(ours) - kept:
             self.job.store.delete(name, step="delete")
+
+
+def obey_earlier_stop(current: Job, max_bad_fraction: float) -> None:
+    """Stop again if the job was stopped for bad samples and is not allowed more of them now.
+
+    Raises:
+        TooManyBadSamples: with what was found then.
+    """
+    stopped = current.stop_reason()
+    if stopped is None:
+        return
+    if max_bad_fraction <= stopped["max_bad_fraction"]:
+        raise TooManyBadSamples(stopped["message"])
+    current.store.delete(job.STOP, step="delete")

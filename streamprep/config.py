@@ -12,6 +12,8 @@ from tyro.conf import Positional, arg
 
 from streamprep.errors import UserError
 
+TEXT_DTYPES = ("auto", "float32", "bfloat16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
@@ -35,6 +37,8 @@ class PackConfig:
     """Most MiB of video in a shard."""
     shuffle: int | None = None
     """Seed to shuffle the videos by before they are cut into shards; by default they are sorted."""
+    captions_only: bool = False
+    """Leave the videos out: the shards are for --workload-type text only."""
     num_workers: int = 0
     """Processes; 0 is one for each core."""
 
@@ -49,8 +53,8 @@ class EncodeSettings:
 
     model_path: str
     """Diffusers model: a local folder or a hub id."""
-    workload_type: Literal["t2v"] = "t2v"
-    """What the latents are to train: t2v (text to video)."""
+    workload_type: Literal["t2v", "i2v", "text"] = "t2v"
+    """What the output is to train: t2v (text to video), i2v (image to video), text (captions only)."""
     max_height: Annotated[int, arg(aliases=("--height",))] = 480
     """Height of the encoded frames in pixels, exactly."""
     max_width: Annotated[int, arg(aliases=("--width",))] = 832
@@ -65,6 +69,11 @@ class EncodeSettings:
     """See video_length_tolerance_range."""
     max_samples: int | None = None
     """Encode only the first so many."""
+    caption: Literal["first", "random", "all"] = "first"
+    """Which of a video's captions: the first, one at random (by --seed and key), or all, a row for each."""
+    training_cfg_rate: float = 0.0
+    """Encode the empty prompt instead of the caption for this share of the rows. Dropping captions while training is
+    better: then it's others in every epoch."""
     clean_captions: bool = True
     """Clean captions as the model's pipeline does (ftfy, HTML entities, white space). FastVideo does not."""
     negative_prompt: str = ""
@@ -77,6 +86,16 @@ class EncodeSettings:
     """Clips the VAE encodes at once."""
     text_batch_size: int = 8
     """Captions the text encoder encodes at once."""
+    posterior: Literal["mean", "moments"] = "mean"
+    """What to keep of the VAE's posterior: mean, or moments (mean and log variance) if the exporter can hold them."""
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the VAE computes in; anything but float32 moves the latents (see benchmarks/precision.py)."""
+    text_dtype: str = "auto"
+    """What UMT5 computes in: float32, bfloat16, or auto: bfloat16 on a GPU and float32 on a CPU."""
+    allow_tf32: bool = False
+    """Let the GPU round float32 multiplications to TF32: faster, and the latents move."""
+    offload_text_encoder: bool = False
+    """Keep the text encoder in main memory, and on the GPU only while a shard's captions are encoded."""
     video_loader_type: Literal["torchcodec"] = "torchcodec"
     """Video decoder."""
     dataloader_num_workers: Annotated[int, arg(aliases=("--num-workers",))] = 0
@@ -94,7 +113,7 @@ class EncodeSettings:
     encode_threads: int = 0
     """Threads of the encoder on the CPU; 0 is one for each core, or what the job began with."""
     seed: int = 42
-    """For whatever is random; with the settings there are now nothing is."""
+    """Of --caption random and --training-cfg-rate."""
     full_digest: bool = False
     """Tell models apart by all bytes of their weights instead of the ends of every tensor."""
     serial: bool = False
@@ -113,7 +132,11 @@ class EncodeSettings:
             decode_memory_mb=self.decode_memory_mb,
         )
         _at_least(0, dataloader_num_workers=self.dataloader_num_workers, encode_threads=self.encode_threads)
-        _at_least(0, max_bad_fraction=self.max_bad_fraction)
+        _at_least(0, max_bad_fraction=self.max_bad_fraction, training_cfg_rate=self.training_cfg_rate)
+        _at_most(1, max_bad_fraction=self.max_bad_fraction, training_cfg_rate=self.training_cfg_rate)
+        if self.text_dtype not in TEXT_DTYPES:
+            why = "UMT5 overflows in float16; " if self.text_dtype == "float16" else ""
+            raise UserError(f"--text-dtype {self.text_dtype}: {why}use {', '.join(TEXT_DTYPES)}")
         _above_zero(train_fps=self.train_fps, speed_factor=self.speed_factor, decode_timeout=self.decode_timeout)
         if self.video_length_tolerance_range is not None:
             _above_zero(video_length_tolerance_range=self.video_length_tolerance_range)
@@ -172,6 +195,8 @@ class StatusConfig:
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`."""
+    contract: bool = False
+    """Show the latent contract instead: what the tensors are, of which model, layer, normalisation, padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +227,14 @@ class FinalizeConfig:
 
 def _at_least(limit: float, **fields: float) -> None:
     for name, value in fields.items():
-        if value < limit:
+        if not value >= limit:  # NaN is not
             raise UserError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}")
+
+
+def _at_most(limit: float, **fields: float) -> None:
+    for name, value in fields.items():
+        if not value <= limit:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {limit}, got {value}")
 
 
 def _above_zero(**fields: float) -> None:

@@ -1,21 +1,26 @@
 """Shards -> latents: the loop of one process.
 
-1. Plan: from the shards' indexes and the model's configs alone; write ``plan.json`` or join the one that is there.
-2. Take the units that have no record. Read and decode ahead (child processes), collate into the planned batches,
+1. Plan: from the shards' indexes and the model's configs alone, or join the job that is there.
+2. Load the model, and see whether it computes what it should (`streamprep.selfcheck`); only then write ``plan.json``.
+3. Take the units that have no record. Read and decode ahead (child processes), collate into the planned batches,
    encode, write; each in its own thread, joined by short queues, so that the encoder never waits for the others.
-3. When a unit's files are visible, create its record: the commit.
-4. When all units have one, finalize.
+4. When a unit's files are visible, create its record: the commit.
+5. When all units have one, finalize.
 
 A batch keeps its planned size when a member turns out to be bad: the hole is filled with another member and the result
 thrown away. So a clip's latents do not depend on the health of its neighbours.
+
+Where only captions are encoded nothing is read or decoded; the rest is the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,38 +28,57 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from streamprep import canonical, job, plugins
+from streamprep import canonical, job
 from streamprep.claims import claim
-from streamprep.commit import Committer, EncodedBatch
+from streamprep.commit import Committer, EncodedBatch, obey_earlier_stop
 from streamprep.config import EncodeConfig
+from streamprep.contract import LatentContract
 from streamprep.decode_pool import DecodePool
-from streamprep.decoder import Decoder, DecodeStats, InlineDecoder
-from streamprep.encoders import Encoder, open_encoder
+from streamprep.decoder import Decoder, InlineDecoder
+from streamprep.encoders import EncodeOptions, Encoder, open_encoder
 from streamprep.errors import BadSample, UserError
 from streamprep.finalize import Totals, finalize, leftovers, totals
-from streamprep.job import Job, Unit
+from streamprep.job import Job, JobPlan, Unit
+from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
-from streamprep.plan import ClipPlan, UnitPlan
-from streamprep.prepare import prepare_job, replan
-from streamprep.progress import Progress, count
+from streamprep.plan import ClipPlan, RowPlan, TextPlan, UnitPlan
+from streamprep.prepare import fingerprint, load_exporter, plan_job, replan, size_bytes
+from streamprep.progress import Progress, count, size
 from streamprep.record import BadClip
+from streamprep.selfcheck import check_encoder, check_first_frame
 from streamprep.storage import Store, open_store
 from streamprep.stream import decode_units
-from streamprep.types import ClipBatch, EncodedSample, ShardWriter
+from streamprep.types import ClipBatch, EncodedClip, EncodedSample, ShardWriter
+
+_TEXTS_AT_ONCE = 256  # sorted by length together; with 512 tokens each, 2 GB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedBatch:
-    """Clips of one planned batch."""
+    """Samples of one planned batch, ready to be encoded."""
 
     unit: UnitPlan
-    clips: tuple[ClipPlan, ...]
-    frames: ClipBatch | None
-    """All of them, holes filled; None if every clip is bad."""
-    bad: dict[str, BadSample]
-    """By key."""
-    last: bool
-    """Whether it is the unit's last."""
+    samples: Sequence[TextPlan]
+    prompts: Sequence[str]
+    """Distinct ones to embed first; for clips all of the unit's, with its first batch."""
+    frames: ClipBatch | None = None
+    """Of all of them, holes filled; None if every clip is bad, or there are no clips."""
+    bad: Mapping[str, BadSample] = dataclasses.field(default_factory=dict)
+    """By the sample's key."""
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the unit's last."""
+        return self.samples[-1] is self.unit.samples[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machinery:
+    """What encoding needs, started and checked."""
+
+    pipeline: Pipeline
+    decoder: Decoder
+    encoder: Encoder
 
 
 def encode(config: EncodeConfig) -> Totals:
@@ -63,46 +87,92 @@ def encode(config: EncodeConfig) -> Totals:
     Raises:
         UserError: before anything is written, if the settings, model or shards cannot be used.
         TooManyBadSamples: if so many samples are bad that the settings must be wrong.
+        LatentMismatch: if what is encoded contradicts itself.
     """
     shards, out = open_store(config.shards), open_store(config.out)
-    device = _device(config.device)
-    torch.set_num_threads(_encode_threads(config, out))
-    encoder = open_encoder(
-        config.model_path,
-        workload=config.workload_type,
-        device=device,
-        clean_captions=config.clean_captions,
-        text_batch_size=config.text_batch_size,
-        full_digest=config.full_digest,
-    )
+    config = settle(config, out)
+    load_exporter(config)
+    encoder = open_encoder(config.model_path, _options(config))
     encoder.contract.check_geometry(height=config.max_height, width=config.max_width, num_frames=config.num_frames)
-    current = prepare_job(config, shards, out, encoder.contract, device)
-    was_done = not current.unfinished() and out.exists(job.SUCCESS) and out.exists(job.INDEX)
-    run(current, config, shards, encoder, device)
-    if was_done and not leftovers(current):
+    was_done = out.exists(job.SUCCESS) and out.exists(job.INDEX)
+    current, num_encoded = run(config, shards, out, encoder)
+    if was_done and not num_encoded and not leftovers(current):
         return totals(current)
     return finalize(current)
 
 
-def run(current: Job, config: EncodeConfig, shards: Store, encoder: Encoder, device: torch.device) -> None:
+def settle(config: EncodeConfig, out: Store) -> EncodeConfig:
+    """Put what this machine decides in the place of ``auto`` and 0, and tell torch."""
+    device = _device(config.device)
+    is_gpu = device.type == "cuda"
+    threads = _encode_threads(config, out)
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    text_dtype = {"auto": "bfloat16" if is_gpu else "float32"}.get(config.text_dtype, config.text_dtype)
+    return dataclasses.replace(
+        config,
+        device=str(device),
+        encode_threads=threads,
+        text_dtype=text_dtype,
+        allow_tf32=config.allow_tf32 and is_gpu,
+    )
+
+
+def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tuple[Job, int]:
     """Encode the units that have no record.
 
+    Args:
+        config: Settled.
+        shards: The input.
+        out: The output.
+        encoder: Not loaded yet; only if there is anything to encode, it will be.
+
+    Returns:
+        The job, and how many units were missing.
+
     Raises:
+        UserError: before anything is written.
         TooManyBadSamples: if so many samples are bad that the settings must be wrong.
+        LatentMismatch: if what is encoded contradicts itself.
     """
-    units = current.unfinished()
-    progress = Progress(total=current.plan.num_clips, unit="clips", verb="encoding")
-    progress.message(_describe(current, units))
-    with Committer(current, open_writer=_writer_opener(current, config), max_bad_fraction=config.max_bad_fraction) as c:
-        c.obey_earlier_stop()
+    begun = job.find_job(out, fingerprint(config, encoder.contract, load_manifest(shards)))
+    plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract)
+    units = begun.unfinished() if begun else list(plan.units)
+    progress = Progress(total=plan.num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
+    progress.message(_describe(plan, units, config, encoder.contract))
+    if begun:
+        obey_earlier_stop(begun, config.max_bad_fraction)
+        _warn_of_other_versions(plan, progress, needed=bool(units))
+    to_encode = [unit for unit in units if unit.num_clips]
+    with _machinery(config, encoder, needed=bool(to_encode)) as machinery:
+        current = begun or job.start_or_join(out, plan)
         current.store.remove_unpublished()
-        if units:
-            _warn_of_other_versions(current, progress)
-            _encode_units([unit for unit in units if unit.num_clips], c, progress, config, shards, encoder, device)
+        with Committer(
+            current, open_writer=_writer_opener(current, config), max_bad_fraction=config.max_bad_fraction
+        ) as committer:
+            if machinery is not None:
+                _encode_units(to_encode, committer, progress, config, shards, machinery)
             for unit in units:
                 if not unit.num_clips:
-                    c.commit(replan(shards, unit, config))
-        c.check_any_rows()
+                    committer.commit(replan(shards, unit, config))
+            committer.check_any_rows()
+    return current, len(units)
+
+
+def _machinery(config: EncodeConfig, encoder: Encoder, *, needed: bool) -> AbstractContextManager[Machinery | None]:
+    return _start_machinery(config, encoder) if needed else nullcontext()
+
+
+@contextmanager
+def _start_machinery(config: EncodeConfig, encoder: Encoder) -> Iterator[Machinery]:
+    """Decoding processes start while the model loads.
+
+    The decoder is closed first: a clip that hangs must not hold up the stage that waits for it.
+    """
+    with Pipeline(serial=config.serial) as pipeline, _open_decoder(config, encoder.contract) as decoder:
+        encoder.load()
+        check_encoder(encoder)
+        yield Machinery(pipeline=pipeline, decoder=decoder, encoder=encoder)
 
 
 def _encode_units(
@@ -111,31 +181,28 @@ def _encode_units(
     progress: Progress,
     config: EncodeConfig,
     shards: Store,
-    encoder: Encoder,
-    device: torch.device,
+    machinery: Machinery,
 ) -> None:
-    if not units:
-        return
-    # The decoder is closed first: a clip that hangs must not hold up the stage that waits for it.
-    with Pipeline(serial=config.serial) as pipeline, _open_decoder(config, device) as decoder:
-        encoder.load()
-        _write_unconditional(committer.job, config, encoder)
-        with progress:
-            progress.already_done(progress.total - sum(unit.num_clips for unit in units))
-            plans = (replan(shards, unit, config) for unit in claim(committer.job, units))
-            buffers = FrameBuffers(pin=device.type == "cuda")
-            decoded = _collate(shards, plans, decoder, buffers, batch_size=config.preprocess_video_batch_size)
-            batches = pipeline.stage("collate", decoded, max_items=1)
-            for batch in pipeline.stage("encode", _encode(batches, encoder, buffers, config), max_items=2):
-                committer.take(batch)
-                progress.advance(len(batch.samples) + len(batch.bad))
-            progress.message(_stage_report(pipeline, decoder.stats))
+    pipeline, decoder, encoder = machinery.pipeline, machinery.decoder, machinery.encoder
+    _write_unconditional(committer.job, config, encoder)
+    with progress:
+        progress.already_done(progress.total - sum(unit.num_clips for unit in units))
+        plans = (replan(shards, unit, config) for unit in claim(committer.job, units))
+        buffers = FrameBuffers(pin=config.device != "cpu")
+        if encoder.contract.video is None:
+            batches = _batches_of_texts(plans)
+        else:
+            collated = _collate(shards, plans, decoder, buffers, batch_size=config.preprocess_video_batch_size)
+            batches = pipeline.stage("collate", collated, max_items=1)
+        for batch in pipeline.stage("encode", _encode(batches, encoder, buffers, config), max_items=2):
+            committer.take(batch)
+            progress.advance(batch.num_samples)
+        progress.message(_stage_report(machinery))
 
 
 def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardWriter]:
-    exporter = plugins.load("streamprep.exporters", config.exporter)
     return functools.partial(
-        exporter.open_shard,
+        load_exporter(config).open_shard,
         current.store,
         workload=config.workload_type,
         samples_per_file=config.samples_per_file,
@@ -163,6 +230,13 @@ class FrameBuffers:
         self._free.append(buffer)
 
 
+def _batches_of_texts(units: Iterator[UnitPlan]) -> Iterator[DecodedBatch]:
+    for unit in units:
+        for start in range(0, len(unit.texts), _TEXTS_AT_ONCE):
+            texts = unit.texts[start : start + _TEXTS_AT_ONCE]
+            yield DecodedBatch(unit=unit, samples=texts, prompts=_distinct_prompts(texts))
+
+
 def _collate(
     shards: Store, units: Iterator[UnitPlan], decoder: Decoder, buffers: FrameBuffers, *, batch_size: int
 ) -> Iterator[DecodedBatch]:
@@ -182,11 +256,15 @@ def _collate(
                     frames[row] = decoded.frames
             yield DecodedBatch(
                 unit=unit,
-                clips=tuple(clips),
+                samples=clips,
+                prompts=_distinct_prompts(unit.clips) if clips[0] is first else (),
                 frames=_fill_holes(clips, frames, bad),
                 bad=bad,
-                last=clips[-1] is unit.clips[-1],
             )
+
+
+def _distinct_prompts(samples: Sequence[TextPlan]) -> list[str]:
+    return list(dict.fromkeys(row.prompt for sample in samples for row in sample.rows))
 
 
 def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, bad: dict[str, BadSample]) -> ClipBatch | None:
@@ -202,43 +280,50 @@ def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, bad: dict[str, BadSam
 def _encode(
     batches: Iterator[DecodedBatch], encoder: Encoder, buffers: FrameBuffers, config: EncodeConfig
 ) -> Iterator[EncodedBatch]:
-    """Captions once per unit, then its clips batch by batch."""
-    unit, texts = None, {}
+    """Prompts first, then clips."""
+    texts: dict[str, Tensor] = {}
     for batch in batches:
-        if batch.unit is not unit:
-            unit = batch.unit
-            captions = list(dict.fromkeys(clip.caption for clip in unit.clips))
-            texts = dict(zip(captions, encoder.encode_text(captions), strict=True))
-        videos: Sequence[dict[str, Tensor]] = [{}] * len(batch.clips)
+        if batch.prompts:
+            texts = dict(zip(batch.prompts, encoder.encode_text(batch.prompts), strict=True))
+        videos: Sequence[dict[str, Tensor]] = [{}] * len(batch.samples)
         if batch.frames is not None:
             videos = encoder.encode_batch(batch.frames)
             buffers.give_back(batch.frames.frames)
         samples, bad = [], []
-        for clip, video in zip(batch.clips, videos, strict=True):
-            try:
-                if clip.key in batch.bad:
-                    raise batch.bad[clip.key]
-                samples.append(_sample(clip, {**video, "text_embedding": texts[clip.caption]}, config))
-            except BadSample as error:
-                bad.append(BadClip(key=clip.key, stage=error.stage, reason=error.reason, exception=error.message))
-        yield EncodedBatch(unit=batch.unit, samples=tuple(samples), bad=tuple(bad), last=batch.last)
+        for sample, video in zip(batch.samples, videos, strict=True):
+            if encoder.contract.video is not None and video and sample.key not in batch.bad:
+                check_first_frame(encoder.contract.video, video, sample.key)
+            for row in sample.rows:
+                try:
+                    if sample.key in batch.bad:
+                        raise batch.bad[sample.key]
+                    samples.append(_encoded(sample, row, {**video, "text_embedding": texts[row.prompt]}, config))
+                except BadSample as error:
+                    bad.append(BadClip(key=row.key, stage=error.stage, reason=error.reason, exception=error.message))
+        yield EncodedBatch(
+            unit=batch.unit,
+            samples=tuple(samples),
+            bad=tuple(bad),
+            num_samples=len(batch.samples),
+            last=batch.last,
+        )
 
 
-def _sample(clip: ClipPlan, tensors: dict[str, Tensor], config: EncodeConfig) -> EncodedSample:
+def _encoded(sample: TextPlan, row: RowPlan, tensors: dict[str, Tensor], config: EncodeConfig) -> EncodedSample:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor.numpy()).all():  # torch's threads would wait for cores that decoding holds: 20x
             raise BadSample("non_finite", f"{name} holds NaN or infinity", stage="encode")
+    clip = None
+    if isinstance(sample, ClipPlan):
+        clip = EncodedClip(
+            width=sample.request.width,
+            height=sample.request.height,
+            num_frames=len(sample.request.timestamps),
+            train_fps=config.train_fps,
+            source_fps=sample.source_fps,
+        )
     return EncodedSample(
-        key=clip.key,
-        id=clip.file_name,
-        tensors=tensors,
-        file_name=clip.file_name,
-        caption=clip.caption,
-        width=clip.request.width,
-        height=clip.request.height,
-        num_frames=len(clip.request.timestamps),
-        train_fps=config.train_fps,
-        source_fps=clip.source_fps,
+        key=row.key, id=row.id, tensors=tensors, file_name=sample.file_name, caption=row.caption, clip=clip
     )
 
 
@@ -250,6 +335,21 @@ def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -
     prompts = {"text_embedding": ""} | ({"negative_text_embedding": p} if (p := config.negative_prompt) else {})
     tensors = dict(zip(prompts, encoder.encode_text(list(prompts.values())), strict=True))
     current.store.put_if_absent(name, safetensors.torch.save(tensors), step="uncond")
+
+
+def _options(config: EncodeConfig) -> EncodeOptions:
+    return EncodeOptions(
+        workload=config.workload_type,
+        device=torch.device(config.device),
+        vae_dtype=config.vae_dtype,
+        text_dtype=config.text_dtype,
+        allow_tf32=config.allow_tf32,
+        posterior=config.posterior,
+        clean_captions=config.clean_captions,
+        text_batch_size=config.text_batch_size,
+        offload_text_encoder=config.offload_text_encoder,
+        full_digest=config.full_digest,
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -271,17 +371,17 @@ def _encode_threads(config: EncodeConfig, out: Store) -> int:
     if config.encode_threads:
         return config.encode_threads
     if out.exists(job.PLAN):
-        began = job.open_job(out).plan.fingerprint["video"].get("encode_threads")
+        began = job.open_job(out).plan.fingerprint.get("model", {}).get("encode_threads")
         if began:
             return int(began)
     return len(os.sched_getaffinity(0))
 
 
-def _open_decoder(config: EncodeConfig, device: torch.device) -> Decoder:
-    if config.serial:
+def _open_decoder(config: EncodeConfig, contract: LatentContract) -> Decoder:
+    if config.serial or contract.video is None:
         return InlineDecoder()
     cores = len(os.sched_getaffinity(0))
-    workers = config.dataloader_num_workers or max(1, cores - 1 if device.type == "cuda" else cores // 2)
+    workers = config.dataloader_num_workers or max(1, cores // 2 if config.device == "cpu" else cores - 1)
     return DecodePool(
         num_workers=workers,
         num_slots=workers + config.preprocess_video_batch_size,
@@ -291,29 +391,42 @@ def _open_decoder(config: EncodeConfig, device: torch.device) -> Decoder:
     )
 
 
-def _describe(current: Job, units: Sequence[Unit]) -> str:
-    plan = current.plan
+def _describe(plan: JobPlan, units: Sequence[Unit], config: EncodeConfig, contract: LatentContract) -> str:
     dropped, bad = sum(unit.num_dropped for unit in plan.units), sum(unit.num_bad for unit in plan.units)
-    return (
-        f"{count(len(plan.units), 'shard')}, {len(plan.units) - len(units)} done; {count(plan.num_clips, 'clip')} "
-        f"planned, {dropped} dropped, {bad} with a bad header; {plan.contract['family']} model {plan.contract['model']}"
-    )
+    what = count(plan.num_clips, "clip" if contract.video else "sample")
+    rows = f" in {count(plan.num_rows, 'row')}" if plan.num_rows != plan.num_clips else ""
+    large = f"{size(size_bytes(plan, config, contract))} and " if contract.video else ""
+    lines = [
+        f"{count(len(plan.units), 'shard')}, {len(plan.units) - len(units)} done; {what} planned{rows}, {dropped} "
+        f"dropped, {bad} with a bad header; {large}the text embeddings; {contract.family} {contract.variant} model "
+        f"{contract.model}"
+    ]
+    if config.training_cfg_rate:
+        lines.append(
+            f"--training-cfg-rate {config.training_cfg_rate:g}: the same captions stay empty for good; dropping them "
+            "while training, other ones each epoch, is better"
+        )
+    return "\n".join(lines)
 
 
-def _warn_of_other_versions(current: Job, progress: Progress) -> None:
+def _warn_of_other_versions(plan: JobPlan, progress: Progress, *, needed: bool) -> None:
     now = job.installed_versions()
-    for name, version in current.plan.versions.items():
-        if now.get(name) != version:
+    for name, version in plan.versions.items():
+        if needed and now.get(name) != version:
             progress.message(
                 f"warning: the job began with {name} {version}, this is {now.get(name)}: the last bits may differ"
             )
 
 
-def _stage_report(pipeline: Pipeline, stats: DecodeStats) -> str:
-    collate, encode_times = pipeline.stages
+def _stage_report(machinery: Machinery) -> str:
+    pipeline, stats = machinery.pipeline, machinery.decoder.stats
+    encode_times = pipeline.stages[-1]
+    encoding = f"encode {pipeline.busy_seconds(encode_times):.1f} s"
+    writing = f"{encode_times.blocked_seconds:.1f} s for writing"
+    if len(pipeline.stages) == 1:
+        return f"busy: {encoding}; it waited {writing}"
     return (
-        f"busy: read {stats.read_seconds:.1f} s, decode {stats.decode_seconds:.1f} s in all processes, "
-        f"encode {pipeline.busy_seconds(encode_times):.1f} s; "
-        f"it waited {collate.starved_seconds:.1f} s for decoding and {encode_times.blocked_seconds:.1f} s for writing"
+        f"busy: read {stats.read_seconds:.1f} s, decode {stats.decode_seconds:.1f} s in all processes, {encoding}; "
+        f"it waited {pipeline.stages[0].starved_seconds:.1f} s for decoding and {writing}"
         + (f"; {count(stats.restarts, 'decoding process')} replaced" if stats.restarts else "")
     )

@@ -50,6 +50,13 @@ class TooManyBadSamples(Exception):
     """More samples are bad than the job allows: then the settings are wrong, not the data."""
 
 
+class LatentMismatch(Exception):
+    """Two tensors of a sample contradict each other: what is encoded is wrong, so nothing more is.
+
+    See `streamprep.selfcheck`.
+    """
+
+
 class Stopped(BaseException):
     """A signal asked the job to stop; what is committed stays, the same command resumes it.
 

@@ -42,7 +42,7 @@ UNIT_FILE = re.compile(r"(?P<unit>\d{6})-(\d{5}-)?[0-9a-f]{8}\.[a-z.]+")
 _RECORD_FILE = re.compile(rf"{RECORDS}/\d{{6}}\.json")
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
-"""Everything that decides the output's bytes, by part: video, text, sampling, export, inputs."""
+"""Everything that decides the output's bytes, by part: model, video, text, image, sampling, export, inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,16 @@ class Unit:
     shard: str
     index_sha256: str
     num_clips: int
+    """Or captions' samples, where only captions are encoded."""
     num_dropped: int
     num_bad: int
     """Known to be bad from their headers."""
     limit: int | None
     """Take only so many clips of it; None takes all."""
-    clips_sha256: str
-    """Of the keys of its clips: `keys_digest`."""
+    num_rows: int
+    """A clip gives a row for each caption that was chosen for it."""
+    rows_sha256: str
+    """Of the keys of its rows: `keys_digest`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,11 @@ class JobPlan:
     def num_clips(self) -> int:
         """Of all units."""
         return sum(unit.num_clips for unit in self.units)
+
+    @property
+    def num_rows(self) -> int:
+        """Of all units, if no sample is bad."""
+        return sum(unit.num_rows for unit in self.units)
 
     def to_json(self) -> bytes:
         """The content of ``plan.json``."""
@@ -171,16 +179,31 @@ def open_job(store: Store) -> Job:
         raise UserError(f"{store.url}/{PLAN} cannot be read: {error}") from error
 
 
+def find_job(store: Store, fingerprint: Fingerprint) -> Job | None:
+    """The job of an output folder, None if there is none yet.
+
+    Raises:
+        UserError: naming every setting that differs, if the job there is another; or if its plan is lost.
+    """
+    if not store.exists(PLAN):
+        if next(store.list(RECORDS), None) is not None:
+            raise UserError(f"{store.url} has records of a job whose {PLAN} is lost: use a new output folder")
+        return None
+    job = open_job(store)
+    check_same(store, job.plan.fingerprint, fingerprint)
+    return job
+
+
 def start_or_join(store: Store, plan: JobPlan) -> Job:
-    """Create the job, or join the one that is there if it is the same.
+    """Create the job, or join the one that another process has just created if it is the same.
 
     Raises:
         UserError: naming every setting that differs.
     """
     if store.put_if_absent(PLAN, plan.to_json(), step="plan"):
         return Job(store, plan)
-    job = open_job(store)
-    check_same(store, job.plan.fingerprint, plan.fingerprint)
+    job = find_job(store, plan.fingerprint)
+    assert job is not None
     return job
 
 

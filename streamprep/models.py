@@ -43,13 +43,21 @@ class ModelFolder:
             raise UserError(f"{self.path / file} must hold an object")
         return value
 
+    def fetch(self, components: Sequence[str]) -> None:
+        """Download the files of some components; nothing to do for a local folder.
 
-def find_model(model_path: str, *, components: Sequence[str]) -> ModelFolder:
-    """A local folder, or a hub model of which only some components are downloaded.
+        Raises:
+            UserError: if the hub does not give them.
+        """
+        if self.revision is not None:
+            _download(self.name, [f"{component}/*" for component in components], revision=self.revision)
+
+
+def find_model(model_path: str) -> ModelFolder:
+    """A local folder, or a hub model, of which only the configs are downloaded: see `ModelFolder.fetch`.
 
     Args:
-        model_path: The folder, or the hub's ``org/name``.
-        components: Sub-folders that are needed, ``vae`` and the like; small configs come along in any case.
+        model_path: A folder, or a hub id of the form ``org/name``.
 
     Raises:
         UserError: if there is no such folder and no such model on the hub.
@@ -59,16 +67,19 @@ def find_model(model_path: str, *, components: Sequence[str]) -> ModelFolder:
         return ModelFolder(path=local, name=local.resolve().name, revision=None)
     if model_path.startswith((".", "/", "~")) or model_path.count("/") != 1:
         raise UserError(f"--model-path {model_path}: there is no such folder, and a hub id has the form org/name")
+    path = _download(model_path, ["model_index.json", "*/config.json", "*/preprocessor_config.json"], revision=None)
+    return ModelFolder(path=path, name=model_path, revision=path.name)
+
+
+def _download(hub_id: str, files: Sequence[str], *, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["model_index.json", "*/config.json", *(f"{component}/*" for component in components)]
     unused = ["*.bin", "*.msgpack", "*.onnx*", "*.fp16.safetensors", "*.gguf"]
     try:
-        path = Path(snapshot_download(model_path, allow_patterns=wanted, ignore_patterns=unused))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files), ignore_patterns=unused))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise UserError(f"--model-path {model_path}: not a local folder, and the hub says: {error}") from error
-    return ModelFolder(path=path, name=model_path, revision=path.name)
+        raise UserError(f"--model-path {hub_id}: not a local folder, and the hub says: {error}") from error
 
 
 def component_digest(folder: Path, *, full: bool) -> str:

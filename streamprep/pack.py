@@ -41,6 +41,8 @@ from streamprep.watchdog import end_with_the_parent
 FORMAT = "streamprep-pack/1"
 SKIPPED = "skipped.jsonl"
 _OUR_FILE = re.compile(r"\d{6}\.(tar|json)|manifest\.json|skipped\.jsonl")
+MAX_SAMPLES = 4096
+"""Most samples in a shard."""
 _CHUNK_BYTES = 2**18
 _WRITE_BUFFER_BYTES = 2**18
 
@@ -54,6 +56,8 @@ def pack(config: PackConfig) -> Manifest:
     """
     root, store = Path(config.dataset), open_store(config.shards)
     listing = list_dataset(root, config.dataset_type)
+    if config.captions_only:
+        listing.samples = [dataclasses.replace(sample, path=None, size_bytes=0) for sample in listing.samples]
     shards = cut_into_shards(listing.samples, shard_size_bytes=config.shard_size_mb * 2**20, shuffle=config.shuffle)
     _start(store, config, listing, num_shards=len(shards))
     finished = _finished_shards(store, len(shards))
@@ -79,13 +83,16 @@ def pack(config: PackConfig) -> Manifest:
 def cut_into_shards(
     samples: Sequence[RawSample], *, shard_size_bytes: int, shuffle: int | None
 ) -> list[list[RawSample]]:
-    """Cut a listing into runs of at most ``shard_size_bytes`` of video (one larger video is a shard of its own)."""
+    """Cut a listing into runs of at most ``shard_size_bytes`` of video (one larger video is a shard of its own).
+
+    And of at most `MAX_SAMPLES`: captions without videos would all be one shard, and small videos too many for one.
+    """
     if shuffle is not None:
         samples = sorted(samples, key=lambda sample: canonical.digest([shuffle, sample.key]))
     shards: list[list[RawSample]] = []
     filled = 0
     for sample in samples:
-        if not shards or filled + sample.size_bytes > shard_size_bytes:
+        if not shards or filled + sample.size_bytes > shard_size_bytes or len(shards[-1]) == MAX_SAMPLES:
             shards.append([])
             filled = 0
         shards[-1].append(sample)
@@ -103,6 +110,7 @@ def _start(store: Store, config: PackConfig, listing: Listing, *, num_shards: in
         "num_shards": num_shards,
         "shard_size_mb": config.shard_size_mb,
         "shuffle": config.shuffle,
+        "captions_only": config.captions_only,
     }
     if not store.exists(PACK):
         _check_nothing_of_others(store)
@@ -202,10 +210,12 @@ def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]
     return _info(index, data)
 
 
-def _read_ahead(root: Path, samples: Sequence[RawSample]) -> Iterator[tuple[RawSample, BinaryIO, dict[str, Any]]]:
+def _read_ahead(
+    root: Path, samples: Sequence[RawSample]
+) -> Iterator[tuple[RawSample, BinaryIO | None, dict[str, Any]]]:
     """Hash and probe one video while the one before it is copied: sample, open file, content of ``KEY.json``."""
     with ThreadPoolExecutor(1) as thread:
-        reading: Future[tuple[RawSample, BinaryIO, dict[str, Any]]] | None = None
+        reading: Future[tuple[RawSample, BinaryIO | None, dict[str, Any]]] | None = None
         for sample in samples:
             following = thread.submit(_open_and_probe, root, sample)
             if reading is not None:
@@ -215,47 +225,49 @@ def _read_ahead(root: Path, samples: Sequence[RawSample]) -> Iterator[tuple[RawS
             yield reading.result()
 
 
-def _open_and_probe(root: Path, sample: RawSample) -> tuple[RawSample, BinaryIO, dict[str, Any]]:
+def _open_and_probe(root: Path, sample: RawSample) -> tuple[RawSample, BinaryIO | None, dict[str, Any]]:
+    metadata = {
+        "file_name": sample.file_name,
+        "captions": list(sample.captions),
+        "declared": dict(sample.declared),
+        "extra": dict(sample.extra),
+    }
+    if sample.path is None:
+        return sample, None, metadata
     file = open(root / sample.path, "rb")  # noqa: SIM115 - closed when it is copied
     if os.fstat(file.fileno()).st_size != sample.size_bytes:
         file.close()
         raise OSError(f"{root / sample.path} changed while it was packed; let it settle and pack into a new folder")
-    return sample, file, _metadata(sample, file)
+    return sample, file, metadata | {"extension": extension_of(sample.path)} | _video_metadata(file)
 
 
-def _add_sample(tar: TarWriter, sample: RawSample, file: BinaryIO, metadata: dict[str, Any]) -> ShardSample:
+def _add_sample(tar: TarWriter, sample: RawSample, file: BinaryIO | None, metadata: dict[str, Any]) -> ShardSample:
     small = {"json": canonical.to_json(metadata)}
     if sample.captions:
         small["txt"] = sample.captions[0].encode("utf-8", "surrogatepass")
     members = {}
-    for extension in sorted((*small, metadata["extension"])):
+    for extension in sorted((*small, *([metadata["extension"]] if file else []))):
         name = f"{sample.key}.{extension}"
         if extension in small:
             data = small[extension]
             members[extension] = tar.add(name, (data,), size=len(data), sha256=canonical.bytes_digest(data))
         else:
+            assert file is not None
             with file:
                 file.seek(0)
                 members[extension] = tar.add(name, _chunks(file), size=sample.size_bytes, sha256=metadata["sha256"])
     return ShardSample(key=sample.key, members=members, metadata=metadata)
 
 
-def _metadata(sample: RawSample, video: BinaryIO) -> dict[str, Any]:
-    """The content of ``KEY.json``."""
-    metadata = {
-        "file_name": sample.file_name,
-        "captions": list(sample.captions),
-        "extension": extension_of(sample.path),
-        "sha256": hashlib.file_digest(video, "sha256").hexdigest(),  # type: ignore[arg-type]
-        "declared": dict(sample.declared),
-        "extra": dict(sample.extra),
-    }
+def _video_metadata(video: BinaryIO) -> dict[str, Any]:
+    """What is found out about a video, for ``KEY.json``."""
+    digest = {"sha256": hashlib.file_digest(video, "sha256").hexdigest()}  # type: ignore[arg-type]
     video.seek(0)
     try:
         info = probe_video(video)
     except ProbeError as error:
-        return metadata | {"probe_error": str(error)}
-    return metadata | dataclasses.asdict(info)
+        return digest | {"probe_error": str(error)}
+    return digest | dataclasses.asdict(info)
 
 
 def _chunks(file: BinaryIO) -> Iterator[memoryview]:

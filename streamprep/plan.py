@@ -6,6 +6,9 @@ one shard: it is taken, encoded and committed as a whole.
 Frames are chosen as FastVideo chooses them: ``np.arange(0, num_frames, fps / train_fps).astype(int)[:N]``, with the
 fps and num_frames that the dataset declares where they agree with the file. A video of variable frame rate is sampled
 by time instead: the frame on show at ``start + k / train_fps``.
+
+A clip is decoded and encoded once and becomes a *row* for each caption that is chosen for it. Where only captions are
+encoded, a sample's video is not looked at.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from streamprep import canonical
 from streamprep.errors import BadSample
 from streamprep.shards import Member, ShardIndex, ShardSample
 from streamprep.types import DecodeRequest
@@ -23,6 +27,7 @@ from streamprep.types import DecodeRequest
 DROP_REASONS = {
     "empty_caption": "it has no caption, or an empty one",
     "caption_encoding": "its caption cannot be written as UTF-8",
+    "no_video": "its shard holds only its caption, packed by --captions-only",
     "too_short": "it has fewer frames than --num-frames at --train-fps",
     "too_long": "it is longer than --video-length-tolerance-range allows",
 }
@@ -42,19 +47,14 @@ class SamplingRules:
     video_length_tolerance_range: float | None
     speed_factor: float
     max_pixels: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipPlan:
-    """One clip that is to be encoded."""
-
-    key: str
-    file_name: str
-    caption: str
-    video: Member
-    """Where its bytes lie in the shard."""
-    request: DecodeRequest
-    source_fps: float
+    workload_type: str = "t2v"
+    """``text`` looks at captions only."""
+    caption: str = "first"
+    """Which of a sample's captions: ``first``, ``random`` or ``all``."""
+    training_cfg_rate: float = 0.0
+    """Share of the rows whose prompt is empty."""
+    seed: int = 42
+    """With the key, it decides what is random."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +68,63 @@ class Excluded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """One row of the output: a sample with one of its captions."""
+
+    key: str
+    """The sample's, with ``@NN`` for a caption that is not the first."""
+    id: str
+    """The file's name, with the same suffix."""
+    caption: str
+    """As the dataset has it."""
+    prompt: str
+    """What the text encoder gets: the caption, or nothing for guidance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPlan:
+    """One sample whose captions are to be encoded."""
+
+    key: str
+    file_name: str
+    rows: tuple[RowPlan, ...]
+    unusable: tuple[Excluded, ...] = ()
+    """Captions that are left out, while the sample is not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPlan(TextPlan):
+    """One clip that is to be encoded, and its captions."""
+
+    video: Member
+    """Where its bytes lie in the shard."""
+    request: DecodeRequest
+    source_fps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitPlan:
     """Every decision about one shard."""
 
     id: str
     shard: str
-    clips: tuple[ClipPlan, ...]
+    clips: tuple[ClipPlan, ...] = ()
     """In the order of the shard."""
+    texts: tuple[TextPlan, ...] = ()
+    """Where only captions are encoded, instead of clips."""
     dropped: tuple[Excluded, ...]
     bad: tuple[Excluded, ...]
     """Known to be bad without decoding: no readable header, or one that contradicts the dataset."""
+
+    @property
+    def samples(self) -> Sequence[TextPlan]:
+        """Its clips or its texts."""
+        return self.clips or self.texts
+
+    @property
+    def rows(self) -> Iterator[RowPlan]:
+        """Of all its samples, in their order."""
+        return (row for sample in self.samples for row in sample.rows)
 
     def batches(self, size: int) -> Iterator[Sequence[ClipPlan]]:
         """The clips, ``size`` at a time; the last may be smaller. Batches never cross a unit."""
@@ -92,21 +139,64 @@ def plan_unit(unit_id: str, index: ShardIndex, rules: SamplingRules, *, limit: i
         unit_id: The unit's name.
         index: The shard's samples.
         rules: What the settings say.
-        limit: Look no further once so many clips are found.
+        limit: Look no further once so many are found that are to be encoded.
     """
     clips: list[ClipPlan] = []
+    texts: list[TextPlan] = []
     dropped: list[Excluded] = []
     bad: list[Excluded] = []
     for sample in index.samples:
-        if limit is not None and len(clips) >= limit:
+        if limit is not None and len(clips) + len(texts) >= limit:
             break
         try:
-            clips.append(plan_clip(sample, rules))
+            if rules.workload_type == "text":
+                texts.append(plan_text(sample, rules))
+                dropped += texts[-1].unusable
+            else:
+                clips.append(plan_clip(sample, rules))
+                dropped += clips[-1].unusable
         except _Drop as drop:
             dropped.append(Excluded(key=sample.key, reason=drop.reason, message=drop.message))
         except BadSample as error:
             bad.append(Excluded(key=sample.key, reason=error.reason, message=error.message))
-    return UnitPlan(id=unit_id, shard=index.name, clips=tuple(clips), dropped=tuple(dropped), bad=tuple(bad))
+    return UnitPlan(
+        id=unit_id, shard=index.name, clips=tuple(clips), texts=tuple(texts), dropped=tuple(dropped), bad=tuple(bad)
+    )
+
+
+def plan_text(sample: ShardSample, rules: SamplingRules) -> TextPlan:
+    """Choose a sample's captions.
+
+    Raises:
+        _Drop: if none can be used.
+    """
+    captions: Sequence[str] = sample.metadata["captions"]
+    unusable: list[Excluded] = []
+    if rules.caption == "first":
+        chosen = {0: _usable(captions[0] if captions else None)}
+    else:
+        chosen, unusable = _usable_captions(sample.key, captions)
+        if rules.caption == "random":
+            number = int(uniform(rules.seed, sample.key, "caption") * len(chosen))
+            chosen = {0: list(chosen.values())[number]}
+    return TextPlan(
+        key=sample.key,
+        file_name=sample.metadata["file_name"],
+        rows=tuple(_plan_row(sample, number, caption, rules) for number, caption in chosen.items()),
+        unusable=tuple(unusable),
+    )
+
+
+def _plan_row(sample: ShardSample, number: int, caption: str, rules: SamplingRules) -> RowPlan:
+    suffix = f"@{number:02d}" if number else ""
+    key = sample.key + suffix
+    is_unconditional = uniform(rules.seed, key, "guidance") < rules.training_cfg_rate
+    return RowPlan(
+        key=key,
+        id=sample.metadata["file_name"] + suffix,
+        caption=caption,
+        prompt="" if is_unconditional else caption,
+    )
 
 
 def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
@@ -117,10 +207,12 @@ def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
         BadSample: if its header is unreadable or contradicts what the dataset declares.
     """
     metadata = sample.metadata
+    if "sha256" not in metadata:
+        raise _Drop("no_video", DROP_REASONS["no_video"])
     if "probe_error" in metadata:
         raise BadSample("probe_failed", metadata["probe_error"], stage="plan")
     fps, num_frames = _declared_or_probed(metadata)
-    caption = _first_caption(metadata["captions"])
+    text = plan_text(sample, rules)
     _check_length(num_frames / fps, rules)
     indices, timestamps = _choose_frames(metadata, fps=fps, num_frames=num_frames, rules=rules)
     if len(timestamps) < rules.num_frames:
@@ -130,9 +222,10 @@ def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
             f"({metadata['num_frames']} frames at {metadata['fps']:g} fps)",
         )
     return ClipPlan(
-        key=sample.key,
-        file_name=metadata["file_name"],
-        caption=caption,
+        key=text.key,
+        file_name=text.file_name,
+        rows=text.rows,
+        unusable=text.unusable,
         video=sample.video,
         source_fps=float(fps),
         request=DecodeRequest(
@@ -145,6 +238,11 @@ def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
             max_pixels=rules.max_pixels,
         ),
     )
+
+
+def uniform(seed: int, key: str, purpose: str) -> float:
+    """A number in [0, 1) that follows from the arguments alone, on every machine, in any order."""
+    return int(canonical.digest([seed, key, purpose])[:13], 16) / 16**13
 
 
 def frame_indices(num_frames: int, *, fps: float, train_fps: float, limit: int) -> list[int]:
@@ -176,14 +274,31 @@ def _declared_or_probed(metadata: Any) -> tuple[float, int]:
     return declared_fps, int(declared_frames)
 
 
-def _first_caption(captions: Sequence[str]) -> str:
-    if not captions or not captions[0].strip():
-        raise _Drop("empty_caption", "no caption" if not captions else f"the caption is {captions[0]!r}")
+def _usable_captions(key: str, captions: Sequence[str]) -> tuple[dict[int, str], list[Excluded]]:
+    """A sample's captions by number, without those that cannot be used, and those."""
+    usable: dict[int, str] = {}
+    problems: dict[int, _Drop] = {}
+    for number, caption in enumerate(captions):
+        try:
+            usable[number] = _usable(caption)
+        except _Drop as drop:
+            problems[number] = drop
+    if not usable:
+        raise next(iter(problems.values()), _Drop("empty_caption", "no caption"))
+    return usable, [
+        Excluded(key=f"{key}@{number:02d}", reason=drop.reason, message=drop.message)
+        for number, drop in problems.items()
+    ]
+
+
+def _usable(caption: str | None) -> str:
+    if caption is None or not caption.strip():
+        raise _Drop("empty_caption", "no caption" if caption is None else f"the caption is {caption!r:.200}")
     try:
-        captions[0].encode()
+        caption.encode()
     except UnicodeEncodeError as error:
         raise _Drop("caption_encoding", str(error)) from error
-    return captions[0]
+    return caption
 
 
 def _check_length(duration_seconds: float, rules: SamplingRules) -> None:

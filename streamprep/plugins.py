@@ -1,7 +1,8 @@
 """Finding sources, encoders and exporters by name.
 
 Ours are files of a package (``streamprep/sources/merged.py`` is the source ``merged``); other distributions add theirs
-by an entry point of the group of that package's name; and ``package.module:function`` names anything importable.
+by an entry point of the group of that package's name; and ``package.module:function`` names anything importable, with
+what else its module says of itself.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def load(group: str, name: str) -> Any:
     """
     package, function = GROUPS[group]
     if ":" in name:
-        return SimpleNamespace(**{function: _import_attribute(name)})
+        module, attribute = _import_attribute(name)
+        return SimpleNamespace(**vars(module) | {function: attribute})
     if name not in names(group):
         raise UserError(f"no {group.rpartition('.')[2].removesuffix('s')} {name!r}; one of {', '.join(names(group))}")
     for point in entry_points(group=group):
@@ -47,10 +49,11 @@ def load(group: str, name: str) -> Any:
     return importlib.import_module(f"{package}.{name}")
 
 
-def _import_attribute(name: str) -> Any:
-    module, _, attribute = name.partition(":")
+def _import_attribute(name: str) -> tuple[ModuleType, Any]:
+    module_name, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        module = importlib.import_module(module_name)
+        return module, getattr(module, attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot load {name!r}: {error}") from error
 

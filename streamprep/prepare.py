@@ -5,42 +5,33 @@ Only indexes and configs are read; no tar is opened, no weight loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import asdict, fields
 from typing import Any
-
-import torch
 
 from streamprep import canonical, job, plugins
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
-from streamprep.errors import UserError
-from streamprep.job import Job, JobPlan, Unit
+from streamprep.errors import BAD_REASONS, UserError
+from streamprep.job import Fingerprint, JobPlan, Unit
 from streamprep.manifest import Manifest, load_index, load_manifest, read_index
-from streamprep.plan import SamplingRules, UnitPlan, plan_unit
+from streamprep.plan import DROP_REASONS, SamplingRules, UnitPlan, plan_unit
 from streamprep.progress import count, size
 from streamprep.storage import Store
 
 
-def prepare_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentContract, device: torch.device) -> Job:
-    """Create the job, or join it if it is there and the same.
+def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentContract) -> JobPlan:
+    """Decide what is to be encoded; nothing is written.
 
     Raises:
-        UserError: if nothing would be encoded, the disk is too small, or the output belongs to another job.
+        UserError: if nothing would be encoded, the exporter cannot hold it, or the disk is too small.
     """
-    exporter = plugins.load("streamprep.exporters", config.exporter)
+    exporter = load_exporter(config)
     manifest = load_manifest(shards)
-    fingerprint = _fingerprint(config, contract, manifest, device)
-    if out.exists(job.PLAN):
-        present = job.open_job(out)
-        job.check_same(out, present.plan.fingerprint, fingerprint)
-        return present
-    if next(out.list(job.RECORDS), None) is not None:
-        raise UserError(f"{out.url} has records of a job whose {job.PLAN} is lost: use a new output folder")
-    units = _plan_units(shards, manifest, _rules(config), config.max_samples)
+    units = _plan_units(shards, manifest, rules_of(config), config.max_samples)
     plan = JobPlan(
         shards=shards.url,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint(config, contract, manifest),
         config=asdict(config),
         contract=contract.to_json(),
         data_folder=exporter.FOLDER,
@@ -49,21 +40,47 @@ def prepare_job(config: EncodeConfig, shards: Store, out: Store, contract: Laten
     )
     if not plan.num_clips:
         raise UserError(
-            f"{shards.url}: none of {count(manifest.num_samples, 'sample')} would be encoded: {_why(units)}"
+            f"{shards.url}: none of {count(manifest.num_samples, 'sample')} would be encoded: "
+            f"{_why(shards, manifest, rules_of(config))}"
         )
-    needed = plan.num_clips * contract.latent_bytes(
+    if (needed := size_bytes(plan, config, contract)) > out.free_bytes():
+        raise UserError(f"{out.url} has {size(out.free_bytes())} free, the output needs more than {size(needed)}")
+    return plan
+
+
+def load_exporter(config: EncodeConfig) -> Any:
+    """The exporter's module.
+
+    Raises:
+        UserError: if there is none of that name, or it cannot hold what is asked for.
+    """
+    exporter = plugins.load("streamprep.exporters", config.exporter)
+    for name in ("FOLDER", "WORKLOADS", "POSTERIORS", "read_file"):
+        if not hasattr(exporter, name):
+            raise UserError(
+                f"the exporter {config.exporter} lacks {name}: see CONTRIBUTING.md, Adding an output format"
+            )
+    for flag, asked, able in (
+        ("--workload-type", config.workload_type, exporter.WORKLOADS),
+        ("--posterior", config.posterior, exporter.POSTERIORS),
+    ):
+        if asked not in able:
+            raise UserError(f"{flag} {asked}: the exporter {config.exporter} holds only {', '.join(able)}")
+    return exporter
+
+
+def size_bytes(plan: JobPlan, config: EncodeConfig, contract: LatentContract) -> int:
+    """Of the planned output without its text embeddings, whose lengths nobody knows yet."""
+    return plan.num_rows * contract.row_bytes(
         num_frames=config.num_frames, height=config.max_height, width=config.max_width
     )
-    if needed > out.free_bytes():
-        raise UserError(f"{out.url} has {size(out.free_bytes())} free, the latents alone need {size(needed)}")
-    return job.start_or_join(out, plan)
 
 
 def replan(shards: Store, unit: Unit, config: EncodeConfig) -> UnitPlan:
     """The decisions about one unit, which follow from its index again and again."""
     index = read_index(shards, unit.shard, sha256=unit.index_sha256)
-    plan = plan_unit(unit.id, index, _rules(config), limit=unit.limit)
-    assert job.keys_digest(clip.key for clip in plan.clips) == unit.clips_sha256, f"unit {unit.id} is planned otherwise"
+    plan = plan_unit(unit.id, index, rules_of(config), limit=unit.limit)
+    assert job.keys_digest(row.key for row in plan.rows) == unit.rows_sha256, f"unit {unit.id} is planned otherwise"
     return plan
 
 
@@ -73,51 +90,53 @@ def _plan_units(shards: Store, manifest: Manifest, rules: SamplingRules, max_sam
         if left == 0:
             break
         unit = plan_unit(f"{number:06d}", load_index(shards, info), rules, limit=left)
-        cut = left is not None and len(unit.clips) == left
+        num_clips, keys = len(unit.samples), [row.key for row in unit.rows]
+        cut = left is not None and num_clips == left
         units.append(
             Unit(
                 id=unit.id,
                 shard=info.name,
                 index_sha256=info.index_sha256,
-                num_clips=len(unit.clips),
+                num_clips=num_clips,
                 num_dropped=len(unit.dropped),
                 num_bad=len(unit.bad),
                 limit=left if cut else None,
-                clips_sha256=job.keys_digest(clip.key for clip in unit.clips),
+                num_rows=len(keys),
+                rows_sha256=job.keys_digest(keys),
             )
         )
-        left = None if left is None else left - len(unit.clips)
+        left = None if left is None else left - num_clips
     return units
 
 
-def _rules(config: EncodeConfig) -> SamplingRules:
+def rules_of(config: EncodeConfig) -> SamplingRules:
+    """What the settings say about choosing clips and captions."""
     names = [rule.name for rule in fields(SamplingRules)]
     return SamplingRules(**{name: getattr(config, name) for name in names})
 
 
-def _fingerprint(
-    config: EncodeConfig, contract: LatentContract, manifest: Manifest, device: torch.device
-) -> dict[str, dict[str, Any]]:
+def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manifest) -> Fingerprint:
     """Everything that decides the output's bytes."""
     c = contract.to_json()
-    where = {"device": device.type} | ({"encode_threads": torch.get_num_threads()} if device.type == "cpu" else {})
+    rules = asdict(rules_of(config))
+    captions = {name: rules.pop(name) for name in ("caption", "training_cfg_rate")}
+    video = c["video"]
+    if video is None:
+        sampling = {name: rules[name] for name in ("workload_type", "seed")}
+    else:
+        video |= {"preprocess_video_batch_size": config.preprocess_video_batch_size}
+        sampling = rules | {"video_loader_type": config.video_loader_type}
     return {
-        "video": {name: c[name] for name in ("family", "vae_class", "vae_dtype", "vae_sha256", "posterior", "space")}
-        | {"preprocess_video_batch_size": config.preprocess_video_batch_size}
-        | where,
-        "text": {name: c[name] for name in c if name.startswith("text_")}
-        | {
-            "captions_cleaned": contract.captions_cleaned,
+        "model": {"family": contract.family, "variant": contract.variant} | _device(config),
+        "video": video or {},
+        "text": {
+            **c["text"],
+            **captions,
             "text_batch_size": config.text_batch_size,
             "negative_prompt": config.negative_prompt,
         },
-        "sampling": asdict(_rules(config))
-        | {
-            "workload_type": config.workload_type,
-            "video_loader_type": config.video_loader_type,
-            "max_samples": config.max_samples,
-            "seed": config.seed,
-        },
+        "image": c["image"] or {},
+        "sampling": sampling | {"max_samples": config.max_samples},
         "export": {"exporter": config.exporter, "samples_per_file": config.samples_per_file},
         "inputs": {
             "num_shards": len(manifest.shards),
@@ -126,6 +145,18 @@ def _fingerprint(
     }
 
 
-def _why(units: Sequence[Unit]) -> str:
-    dropped, bad = sum(unit.num_dropped for unit in units), sum(unit.num_bad for unit in units)
-    return f"{dropped} are dropped by the settings (too short? no caption?), {bad} have an unreadable header"
+def _device(config: EncodeConfig) -> dict[str, Any]:
+    """On a CPU, the number of threads may change the last bits."""
+    if config.device == "cpu":
+        return {"device": "cpu", "encode_threads": config.encode_threads}
+    return {"device": "cuda"}
+
+
+def _why(shards: Store, manifest: Manifest, rules: SamplingRules) -> str:
+    reasons: Counter[str] = Counter()
+    for number, info in enumerate(manifest.shards):
+        unit = plan_unit(f"{number:06d}", load_index(shards, info), rules)
+        reasons.update(
+            f"{item.reason} ({(DROP_REASONS | BAD_REASONS)[item.reason]})" for item in unit.dropped + unit.bad
+        )
+    return "; ".join(f"{number} {reason}" for reason, number in reasons.most_common())

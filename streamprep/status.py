@@ -16,12 +16,12 @@ def describe(current: Job) -> Iterator[str]:
     """Lines for a person."""
     plan, units = current.plan, current.unfinished()
     result = totals(current)
-    model = plan.contract["model"]
-    yield f"{current.store.url}: {plan.config['workload_type']} latents of {plan.contract['family']} model {model}"
+    c = plan.contract
+    yield f"{current.store.url}: {c['workload']} data of {c['family']} {c['variant']} model {c['model']}"
     yield f"input    {plan.shards}"
     yield f"units    {len(plan.units) - len(units)} of {len(plan.units)} done"
     clips = plan.num_clips - sum(unit.num_clips for unit in units)
-    yield f"clips    {clips} of {plan.num_clips} done"
+    yield f"samples  {clips} of {plan.num_clips} done"
     yield f"output   {count(result.num_rows, 'row')}, {count(result.num_files, 'file')}, {size(result.size_bytes)}"
     yield from _reasons(current, result)
     stopped = current.stop_reason()

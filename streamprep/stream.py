@@ -119,4 +119,4 @@ class ClipStream(torch.utils.data.IterableDataset[Clip]):
                 self.bad.append((clip.key, decoded.bad))
             else:
                 assert decoded.frames is not None
-                yield Clip(key=clip.key, frames=decoded.frames.clone(), caption=clip.caption)
+                yield Clip(key=clip.key, frames=decoded.frames.clone(), caption=clip.rows[0].caption)

@@ -53,8 +53,8 @@ class RawSample:
     """Unique in the dataset; the WebDataset ``__key__``."""
     file_name: str
     """The path the dataset knows the video by, with extension; becomes the output's ``id``."""
-    path: str
-    """Where the bytes are, relative to the dataset's root."""
+    path: str | None
+    """Where the bytes are, relative to the dataset's root; None for a caption without a video."""
     size_bytes: int
     version: str
     """Changes when the bytes do: the modification time in ns, or an object store's etag."""
@@ -127,17 +127,9 @@ class ClipBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedSample:
-    """What a trainer reads: named tensors and what they were made from."""
+class EncodedClip:
+    """What the latents of a sample were made from."""
 
-    key: str
-    id: str
-    """``file_name``, with ``#NN`` for one of several clips of a video."""
-    tensors: Mapping[str, Tensor]
-    """On the CPU, contiguous; for text-to-video ``vae_latent`` (C, T, H, W) and ``text_embedding`` (L, D)."""
-    file_name: str
-    caption: str
-    """As the dataset has it, not as the tokenizer saw it."""
     width: int
     """Pixels of the encoded frames."""
     height: int
@@ -148,10 +140,29 @@ class EncodedSample:
     source_fps: float
     """Rate of the source video."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedSample:
+    """One row: what a trainer reads, named tensors and what they were made from."""
+
+    key: str
+    id: str
+    """``file_name``, with ``#NN`` for one of several clips of a video and ``@NN`` for a further caption."""
+    tensors: Mapping[str, Tensor]
+    """On the CPU, contiguous: ``text_embedding`` (L, D), and of a clip ``vae_latent`` (C, T, H, W); for image-to-video
+    also ``first_frame_latent`` (C, T, H, W) and ``clip_feature`` (L, D) where the model takes them. Samples of one clip
+    may share them."""
+    file_name: str
+    caption: str
+    """As the dataset has it, not as the tokenizer saw it."""
+    clip: EncodedClip | None
+    """None where only the caption was encoded."""
+
     @property
     def bucket(self) -> str:
-        """Samples of one bucket have tensors of one shape."""
-        return f"{self.num_frames}x{self.height}x{self.width}"
+        """Samples of one bucket have latents of one shape."""
+        clip = self.clip
+        return f"{clip.num_frames}x{clip.height}x{clip.width}" if clip else "text"
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
@@ -175,7 +186,7 @@ class WrittenRow:
 
     key: str
     bucket: str
-    """Rows of one bucket have tensors of one shape: ``TxHxW`` of the encoded frames."""
+    """Rows of one bucket have latents of one shape: ``TxHxW`` of the encoded frames, or ``text``."""
     row_group: int
     """Number of the Parquet row group, or of the sample in other formats."""
     tensors: Mapping[str, TensorLocation]

@@ -15,6 +15,7 @@ from streamprep.config import (
     StatusConfig,
     VerifyConfig,
 )
+from streamprep.contract import describe
 from streamprep.job import PLAN, open_job
 from streamprep.manifest import MANIFEST
 from streamprep.pack import pack as pack_dataset
@@ -53,6 +54,7 @@ def run(config: RunConfig) -> int:
             dataset_type=config.dataset_type,
             shard_size_mb=config.shard_size_mb,
             shuffle=config.shuffle,
+            captions_only=config.workload_type == "text",
         )
     )
     names = {field.name for field in fields(EncodeSettings)}
@@ -64,7 +66,7 @@ def status(config: StatusConfig) -> int:
     from streamprep import status as job_status
 
     current = open_job(open_store(config.out))
-    print("\n".join(job_status.describe(current)))
+    print("\n".join(describe(current.plan.contract) if config.contract else job_status.describe(current)))
     return job_status.exit_code(current)
 
 

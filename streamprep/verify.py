@@ -37,7 +37,7 @@ def verify_job(current: Job) -> Verdict:
     """Check an encode job's output against its plan and records.
 
     Every file is hashed and opened again by its format's own reader; every tensor must be finite, of the recorded
-    shape, and at the recorded offset; every planned clip must be there exactly once, as a row or as a bad sample.
+    shape, and at the recorded offset; every planned row must be there exactly once, or as a bad sample.
     """
     verdict = Verdict()
     records = list(current.records())
@@ -85,7 +85,7 @@ def verify_shards(store: Store) -> Verdict:
 
 
 def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
-    """Each planned clip exactly once."""
+    """Each planned row exactly once."""
     damage = list(_check_digest(current.store, record.quarantine)) if record.quarantine is not None else []
     if damage:
         yield from damage
@@ -94,8 +94,8 @@ def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
     keys = [row.key for file in record.files for row in file.rows]
     keys += [clip.key for clip in bad if clip.stage != "plan"]
     yield from (f"unit {unit.id}: {key!r} is there {n} times" for key, n in Counter(keys).items() if n > 1)
-    if job.keys_digest(keys) != unit.clips_sha256:
-        yield f"unit {unit.id}: its {len(keys)} clips are not the {unit.num_clips} that were planned"
+    if job.keys_digest(keys) != unit.rows_sha256:
+        yield f"unit {unit.id}: its {len(keys)} rows are not the {unit.num_rows} that were planned"
     if dict(record.bad) != Counter(clip.reason for clip in bad):
         yield f"unit {unit.id}: the record counts {dict(record.bad)} bad samples, its quarantine file lists others"
 

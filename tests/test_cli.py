@@ -115,7 +115,7 @@ def test_a_wrong_flag_is_wrong_usage(
 
 def test_a_users_mistake_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "shards")]) == 2
-    assert capsys.readouterr() == ("", f"streamprep: {tmp_path}/nowhere is not a folder\n")
+    assert capsys.readouterr() == ("", f"streamprep: {tmp_path}/nowhere is not there\n")
 
 
 def test_trouble_of_the_machine_is_a_failure(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

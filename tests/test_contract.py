@@ -4,59 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from making import make_contract
 
 from streamprep import canonical
-from streamprep.contract import LatentContract
+from streamprep.contract import LatentContract, describe
 from streamprep.errors import UserError
 
 
-def make_contract(**changes: Any) -> LatentContract:
-    """Wan 2.1's, but for ``changes``."""
-    fields: dict[str, Any] = {
-        "family": "wan",
-        "model": "tiny",
-        "revision": None,
-        "vae_class": "AutoencoderKLWan",
-        "vae_dtype": "float32",
-        "vae_sha256": "0" * 64,
-        "posterior": "mean",
-        "space": "raw",
-        "latents_mean": (0.0,) * 16,
-        "latents_std": (1.0,) * 16,
-        "latent_channels": 16,
-        "temporal_factor": 4,
-        "spatial_factor": 8,
-        "spatial_multiple": 16,
-        "frame_rule": "4k+1",
-        "pixel_range": (-1.0, 1.0),
-        "resize_rule": "centre crop",
-        "fps_rule": "from the first",
-        "text_encoder_class": "UMT5EncoderModel",
-        "text_dtype": "float32",
-        "text_sha256": "0" * 64,
-        "text_max_length": 512,
-        "text_states": "last_hidden_state",
-        "text_padding": "trimmed",
-        "captions_cleaned": True,
-        "tensors": {"vae_latent": "posterior mean"},
-    }
-    return LatentContract(**fields | changes)
-
-
-def test_every_field_survives_json() -> None:
-    contract = make_contract()
+@pytest.mark.parametrize("parts", [{}, {"with_image": True}, {"with_video": False}])
+def test_every_field_survives_json(parts: dict[str, bool]) -> None:
+    contract = make_contract(**parts)
     value = json.loads(canonical.to_json(contract.to_json()))
+    assert value == _plain(contract)
     assert set(value) == {field.name for field in dataclasses.fields(LatentContract)}
-    assert value == {name: list(field) if isinstance(field, tuple) else field for name, field in _fields(contract)}
 
 
-def _fields(contract: LatentContract) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(contract, field.name)) for field in dataclasses.fields(contract)]
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("parts", [{}, {"with_image": True}, {"with_video": False}])
+def test_a_person_is_shown_every_field_and_value(parts: dict[str, bool]) -> None:
+    contract = make_contract(**parts, latents_mean=tuple(n / 8 for n in range(16)))
+    shown = "\n".join(describe(json.loads(canonical.to_json(contract.to_json()))))
+    for part in (contract, contract.text, contract.video, contract.image):
+        for field in dataclasses.fields(part) if part is not None else ():
+            assert re.search(rf"^ *{field.name}\b", shown, re.MULTILINE), field.name
+    for value in ("last_hidden_state", "trimmed", *contract.tensors, "what it holds"):
+        assert value in shown
+    if contract.video is not None:
+        words = " ".join(shown.split())
+        assert "latents_mean 0 0.125 0.25 0.375" in words and "1.75 1.875" in words
+        assert "captions_cleaned yes" in words
+        assert "revision none" in words
+    assert max(map(len, shown.splitlines())) <= 110
 
 
 @pytest.mark.parametrize(
@@ -114,9 +104,22 @@ def test_exactly_the_sizes_that_lose_nothing_are_allowed(
     ("num_frames", "height", "width", "shape"),
     [(81, 480, 832, (16, 21, 60, 104)), (17, 64, 96, (16, 5, 8, 12)), (1, 16, 16, (16, 1, 2, 2))],
 )
-def test_latent_bytes_are_those_of_the_float32_latent(
+def test_sizes_and_shapes_are_those_of_the_float32_tensors(
     num_frames: int, height: int, width: int, shape: tuple[int, int, int, int]
 ) -> None:
-    channels, frames, rows, columns = shape
-    size = make_contract().latent_bytes(num_frames=num_frames, height=height, width=width)
-    assert size == 4 * channels * frames * rows * columns
+    size = {"num_frames": num_frames, "height": height, "width": width}
+    latent_bytes = 4 * math.prod(shape)
+    assert make_contract().tensor_shapes(**size) == {"vae_latent": shape}
+    assert make_contract().row_bytes(**size) == latent_bytes
+    with_image = make_contract(with_image=True)
+    assert with_image.tensor_shapes(**size) == {
+        "vae_latent": shape,
+        "clip_feature": (257, 64),
+        "first_frame_latent": shape,
+    }
+    assert with_image.row_bytes(**size) == 2 * latent_bytes + 4 * 257 * 64
+    assert make_contract(with_video=False).row_bytes(**size) == 0
+
+
+def test_captions_have_no_size_to_break() -> None:
+    make_contract(with_video=False).check_geometry(height=1, width=7, num_frames=2)

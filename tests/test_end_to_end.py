@@ -292,9 +292,10 @@ def test_every_file_says_what_its_latents_are(finished: Finished, pipeline: WanP
     for path in finished.files:
         contract = json.loads(pq.read_schema(path).metadata[b"streamprep.contract"])
         assert (contract["family"], contract["model"]) == ("wan", "tiny-wan")
-        assert (contract["posterior"], contract["space"]) == ("mean", "raw")
-        assert contract["latents_mean"] == pipeline.vae.config.latents_mean
-        assert contract["latents_std"] == pipeline.vae.config.latents_std
+        video = contract["video"]
+        assert (video["posterior"], video["space"]) == ("mean", "raw")
+        assert video["latents_mean"] == pipeline.vae.config.latents_mean
+        assert video["latents_std"] == pipeline.vae.config.latents_std
 
 
 def test_the_index_says_where_every_tensor_lies(finished: Finished) -> None:

@@ -28,7 +28,7 @@ from streamprep.job import Job, JobPlan, Unit, open_job, start_or_join
 from streamprep.plan import Excluded, UnitPlan
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.storage import Store
-from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
+from streamprep.types import EncodedClip, EncodedSample, TensorLocation, WrittenFile, WrittenRow
 
 if TYPE_CHECKING:
     from jobs import EncodeJob
@@ -53,7 +53,8 @@ def make_unit(number: int, *, num_clips: int = 1, num_bad: int = 0) -> Unit:
         num_dropped=0,
         num_bad=num_bad,
         limit=None,
-        clips_sha256=job.keys_digest(f"{number}/{clip}" for clip in range(num_clips)),
+        num_rows=num_clips,
+        rows_sha256=job.keys_digest(f"{number}/{clip}" for clip in range(num_clips)),
     )
 
 
@@ -62,7 +63,7 @@ def make_plan(num_units: int = 1, **fields: Any) -> JobPlan:
         shards="/data/shards",
         fingerprint={"video": {"vae_sha256": "0a", "vae_dtype": "float32"}, "sampling": {"num_frames": 5}},
         config={"exporter": "fastvideo", "workload_type": "t2v"},
-        contract={"family": "wan", "model": "tiny"},
+        contract={"workload": "t2v", "family": "wan", "variant": "2.1-t2v", "model": "tiny"},
         data_folder=fastvideo.FOLDER,
         units=tuple(make_unit(number) for number in range(num_units)),
         versions=job.installed_versions(),
@@ -81,11 +82,7 @@ def make_sample(key: str, value: float = 0.0) -> EncodedSample:
         tensors={"vae_latent": torch.full((16, 2, 4, 6), value), "text_embedding": torch.zeros(3, 32)},
         file_name=f"{key}.mp4",
         caption="A caption.",
-        width=48,
-        height=32,
-        num_frames=5,
-        train_fps=1.0,
-        source_fps=1.0,
+        clip=EncodedClip(width=48, height=32, num_frames=5, train_fps=1.0, source_fps=1.0),
     )
 
 
@@ -96,7 +93,7 @@ def make_bad(key: str, reason: str = "decode_error") -> BadClip:
 def make_batch(unit: Unit, samples: Sequence[EncodedSample], bad: Sequence[BadClip] = ()) -> EncodedBatch:
     """All of a unit."""
     plan = UnitPlan(id=unit.id, shard=unit.shard, clips=(), dropped=(), bad=())
-    return EncodedBatch(unit=plan, samples=samples, bad=bad, last=True)
+    return EncodedBatch(unit=plan, samples=samples, bad=bad, num_samples=len(samples) + len(bad), last=True)
 
 
 def make_committer(current: Job, *, max_bad_fraction: float = 0.05) -> Committer:
@@ -122,7 +119,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
 texts = st.text(max_size=20)
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 counts = st.integers(0, 2**40)
-scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | texts
+scalars = (
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | texts
+)
 settings_of_a_part = st.dictionaries(texts, scalars, max_size=4)
 
 units = st.builds(
@@ -134,7 +133,8 @@ units = st.builds(
     num_dropped=counts,
     num_bad=counts,
     limit=st.none() | counts,
-    clips_sha256=digests,
+    num_rows=counts,
+    rows_sha256=digests,
 )
 plans = st.builds(
     JobPlan,
@@ -345,10 +345,10 @@ def test_status_of_a_finished_job(undisturbed: Undisturbed, shards: Path, capsys
     finished = undisturbed(shards)
     code, lines = status_of(finished.out, capsys)
     assert code == 0
-    assert lines[f"{finished.out}:"].endswith("t2v latents of wan model tiny")
+    assert lines[f"{finished.out}:"].endswith("t2v data of wan 2.1-t2v model tiny")
     assert lines["input"] == f"input    {shards}"
     assert lines["units"] == "units    4 of 4 done"
-    assert lines["clips"] == "clips    9 of 9 done"
+    assert lines["samples"] == "samples  9 of 9 done"
     assert lines["output"].startswith("output   8 rows, 5 files, ")
     assert lines["dropped"] == "dropped  1 too_short"
     assert lines["state"] == "state    done"
@@ -565,7 +565,7 @@ DAMAGES: dict[str, tuple[Callable[[Job], object], str]] = {
     ),
     "a key missing in a record": (
         lambda current: rewrite_first_row(current, lambda row: []),
-        "WRONG unit 000001: its 2 clips are not the 3 that were planned",
+        "WRONG unit 000001: its 2 rows are not the 3 that were planned",
     ),
     "a key twice in a record": (
         lambda current: rewrite_first_row(current, lambda row: [row, row]),

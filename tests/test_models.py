@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from making import make_options
 
 from streamprep.encoders import open_encoder
 from streamprep.errors import UserError
@@ -21,19 +22,12 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer")
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy to spoil; never loaded, so without the transformer, which we never read."""
-    return shutil.copytree(tiny_model, tmp_path / "copy", ignore=shutil.ignore_patterns("transformer"))
+    """A copy to spoil."""
+    return shutil.copytree(tiny_model, tmp_path / "copy")
 
 
 def open_wan(model_path: Path | str) -> object:
-    return open_encoder(
-        str(model_path),
-        workload="t2v",
-        device=torch.device("cpu"),
-        clean_captions=True,
-        text_batch_size=8,
-        full_digest=False,
-    )
+    return open_encoder(str(model_path), make_options())
 
 
 def weights_of(model: Path, component: str) -> Path:
@@ -107,9 +101,10 @@ def test_the_contract_tells_two_fine_tunes_apart(tiny_model: Path, model: Path, 
     name = sorted(tensors)[0]
     tensors[name] = tensors[name] + 1e-3
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    field = {"vae": "vae_sha256", "text_encoder": "text_sha256"}[component]
+    part = {"vae": "video", "text_encoder": "text"}[component]
     before, after = open_wan(tiny_model).contract.to_json(), open_wan(model).contract.to_json()  # type: ignore[attr-defined]
-    assert {name for name in before if before[name] != after[name]} == {field, "model"}
+    assert {name for name in before if before[name] != after[name]} == {part, "model"}
+    assert {name for name in before[part] if before[part][name] != after[part][name]} == {"sha256"}
 
 
 # Broken weights
@@ -161,10 +156,10 @@ def test_broken_weights_are_refused_before_they_are_loaded(
 
 
 def test_a_local_folder_is_taken_as_it_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = find_model(str(tiny_model), components=COMPONENTS)
+    found = find_model(str(tiny_model))
     assert (found.path, found.name, found.revision) == (tiny_model, "tiny-wan", None)
     monkeypatch.chdir(tiny_model)
-    assert find_model(".", components=COMPONENTS).name == "tiny-wan"
+    assert find_model(".").name == "tiny-wan"
 
 
 @pytest.mark.parametrize("path", ["/nowhere/model", "./model", "~/model", "model", "a/b/c", "../model"])
@@ -173,7 +168,7 @@ def test_a_folder_that_is_missing_is_named(path: str, tmp_path: Path, monkeypatc
     with pytest.raises(
         UserError, match=rf"--model-path {path}: there is no such folder, and a hub id has the form org"
     ):
-        find_model(path, components=COMPONENTS)
+        find_model(path)
 
 
 @pytest.fixture
@@ -186,7 +181,7 @@ def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_hub_model_without_a_network_is_the_users_to_solve(offline_hub: Path) -> None:
     with pytest.raises(UserError, match="--model-path nobody/nothing: not a local folder, and the hub says"):
-        find_model("nobody/nothing", components=COMPONENTS)
+        find_model("nobody/nothing")
 
 
 def test_a_hub_model_is_known_by_its_commit(offline_hub: Path, tiny_model: Path) -> None:
@@ -195,7 +190,7 @@ def test_a_hub_model_is_known_by_its_commit(offline_hub: Path, tiny_model: Path)
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(tiny_model, repository / "snapshots" / commit)
-    found = find_model("someone/tiny-wan", components=COMPONENTS)
+    found = find_model("someone/tiny-wan")
     assert (found.name, found.revision) == ("someone/tiny-wan", commit)
     assert found.config("vae/config.json")["_class_name"] == "AutoencoderKLWan"
 
@@ -228,7 +223,11 @@ def test_a_config_that_cannot_be_read_is_named(model: Path, content: str, messag
 @pytest.mark.parametrize(
     ("file", "name", "message"),
     [
-        ("model_index.json", "StableDiffusionPipeline", "copy is a StableDiffusionPipeline; known are WanPipeline"),
+        (
+            "model_index.json",
+            "StableDiffusionPipeline",
+            "copy is a StableDiffusionPipeline; known are WanImageToVideoPipeline, WanPipeline",
+        ),
         ("vae/config.json", "AutoencoderKL", "the VAE is a AutoencoderKL, AutoencoderKLWan is expected"),
     ],
 )

@@ -164,7 +164,7 @@ def test_a_variable_frame_rate_is_long_enough_by_time(duration: float, num_clips
 
 def test_a_plan_knows_everything_decoding_needs() -> None:
     (clip,) = plan_one(make_sample("dir/a", captions=("First.", "Second."), declared={"fps": 24.001})).clips
-    assert (clip.key, clip.file_name, clip.caption) == ("dir/a", "dir/a.mp4", "First.")
+    assert (clip.key, clip.file_name, clip.rows[0].caption) == ("dir/a", "dir/a.mp4", "First.")
     assert (clip.video.offset, clip.video.size) == (512, 1000)
     assert clip.source_fps == 24.001
     assert clip.request.shape == (17, 3, 64, 96)
@@ -243,7 +243,7 @@ def test_a_caption_that_is_no_text_is_dropped() -> None:
 
 def test_a_caption_is_kept_as_it_is() -> None:
     caption = "  Caf\u00e9 &amp; \U0001f3ac\n  "
-    assert plan_clip(make_sample(captions=(caption,)), make_rules()).caption == caption
+    assert plan_clip(make_sample(captions=(caption,)), make_rules()).rows[0].caption == caption
 
 
 # Units

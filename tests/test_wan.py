@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from making import make_options
 from torch import Tensor
 
 from streamprep.encoders import open_encoder
@@ -38,15 +40,8 @@ def model(tiny_model: Path) -> Path:
     return tiny_model
 
 
-def open_wan(model: Path, *, clean_captions: bool = True, text_batch_size: int = 8) -> WanEncoder:
-    encoder = open_encoder(
-        str(model),
-        workload="t2v",
-        device=torch.device("cpu"),
-        clean_captions=clean_captions,
-        text_batch_size=text_batch_size,
-        full_digest=False,
-    )
+def open_wan(model: Path, **options: Any) -> WanEncoder:
+    encoder = open_encoder(str(model), make_options(**options))
     assert isinstance(encoder, WanEncoder)
     return encoder
 
@@ -143,7 +138,7 @@ def test_each_distinct_caption_is_encoded_once_and_the_longest_together(model: P
     encoder = open_wan(model, text_batch_size=2)
     encoder.load()
     seen: list[tuple[int, ...]] = []
-    encoder._text_encoder.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
+    encoder._text._encoder.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
     words = ["a dog", "dog " * 30, "a dog", "cat", " a  dog ", html.escape("a & b"), "dog " * 31, "a dog"]
     embeddings = encoder.encode_text(words)
     assert sum(rows for rows, _ in seen) == 5  # cleaned, "a dog" and " a  dog " are one
@@ -205,29 +200,31 @@ def test_tensors_own_their_memory(encoder: WanEncoder) -> None:
 
 def test_the_contract_says_what_the_loaded_objects_say(encoder: WanEncoder, pipeline: WanPipeline) -> None:
     contract, vae = encoder.contract, pipeline.vae
+    video, text = contract.video, contract.text
+    assert video is not None
     assert (contract.family, contract.model, contract.revision) == ("wan", "tiny-wan", None)
-    assert contract.latents_mean == tuple(vae.config.latents_mean)
-    assert contract.latents_std == tuple(vae.config.latents_std)
-    assert contract.latent_channels == vae.config.z_dim == len(contract.latents_mean)
-    assert contract.temporal_factor == pipeline.vae_scale_factor_temporal == 2 ** sum(vae.temperal_downsample)
-    assert contract.spatial_factor == pipeline.vae_scale_factor_spatial == 2 ** len(vae.temperal_downsample)
-    assert contract.spatial_multiple == contract.spatial_factor * pipeline.transformer.config.patch_size[-1]
-    assert contract.vae_class == type(vae).__name__
-    assert contract.text_encoder_class == type(pipeline.text_encoder).__name__
-    assert (contract.vae_dtype, contract.text_dtype) == ("float32", "float32")
-    assert contract.text_max_length == 512
-    assert (contract.posterior, contract.space, contract.captions_cleaned) == ("mean", "raw", True)
+    assert video.latents_mean == tuple(vae.config.latents_mean)
+    assert video.latents_std == tuple(vae.config.latents_std)
+    assert video.latent_channels == vae.config.z_dim == len(video.latents_mean)
+    assert video.temporal_factor == pipeline.vae_scale_factor_temporal == 2 ** sum(vae.temperal_downsample)
+    assert video.spatial_factor == pipeline.vae_scale_factor_spatial == 2 ** len(vae.temperal_downsample)
+    assert video.spatial_multiple == video.spatial_factor * pipeline.transformer.config.patch_size[-1]
+    assert video.vae_class == type(vae).__name__
+    assert text.encoder_class == type(pipeline.text_encoder).__name__
+    assert (video.dtype, text.dtype) == ("float32", "float32")
+    assert text.max_length == 512
+    assert (video.posterior, video.space, text.captions_cleaned) == ("mean", "raw", True)
     assert set(contract.tensors) == {"vae_latent", "text_embedding"}
 
 
 def test_the_contract_is_known_before_any_weight_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoencoderKLWan, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
-    assert open_wan(model, clean_captions=False).contract.captions_cleaned is False
+    assert open_wan(model, clean_captions=False).contract.text.captions_cleaned is False
 
 
 def test_a_latent_has_the_bytes_the_contract_says(encoder: WanEncoder) -> None:
     (tensors,) = encoder.encode_batch(noise(1))
-    assert encoder.contract.latent_bytes(num_frames=9, height=32, width=48) == tensors["vae_latent"].nbytes
+    assert encoder.contract.row_bytes(num_frames=9, height=32, width=48) == tensors["vae_latent"].nbytes
 
 
 @pytest.mark.parametrize(
@@ -252,7 +249,7 @@ def test_weights_that_are_missing_are_an_error_not_random(
     model: Path, tmp_path: Path, component: str, kind: str
 ) -> None:
     """The libraries warn, draw random ones, and go on."""
-    copy = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("transformer"))
+    copy = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("scheduler"))
     (weights,) = (copy / component).glob("*.safetensors")
     tensors = safetensors.torch.load_file(weights)
     gone = sorted(tensors)[0]

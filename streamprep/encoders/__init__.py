@@ -1,13 +1,15 @@
 """Model families, one module for each, found by the pipeline class that ``model_index.json`` names.
 
-A family's module has ``PIPELINES`` and ``load_encoder(model, ...) -> Encoder``.
+A family's module has ``PIPELINES`` and ``load_encoder(model, options) -> Encoder``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from streamprep import plugins
@@ -17,6 +19,28 @@ from streamprep.models import ModelFolder, find_model
 from streamprep.types import ClipBatch
 
 _GROUP = "streamprep.encoders"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeOptions:
+    """How a model is to encode."""
+
+    workload: str
+    """``t2v``, ``i2v`` or ``text``."""
+    device: torch.device
+    vae_dtype: str
+    text_dtype: str
+    allow_tf32: bool
+    """Whether this device rounds float32 multiplications to TF32; only a GPU can."""
+    posterior: str
+    """``mean`` or ``moments``."""
+    clean_captions: bool
+    """As the pipeline does; False as FastVideo."""
+    text_batch_size: int
+    """Captions at once."""
+    offload_text_encoder: bool
+    full_digest: bool
+    """Whether the contract's digests are of all bytes of the weights."""
 
 
 class Encoder(Protocol):
@@ -32,21 +56,21 @@ class Encoder(Protocol):
         """For each caption ``text_embedding``: (L, D) float32 on the CPU."""
 
     def encode_batch(self, batch: ClipBatch) -> list[dict[str, Tensor]]:
-        """For each clip its tensors by name, float32 on the CPU."""
+        """For each clip the contract's tensors but ``text_embedding``, float32 on the CPU."""
 
 
-def open_encoder(model_path: str, **options: Any) -> Encoder:
+def open_encoder(model_path: str, options: EncodeOptions) -> Encoder:
     """The encoder for a model, by its pipeline class; no weights are loaded.
 
     Args:
         model_path: A local folder or a hub id.
-        **options: For the family's ``load_encoder``.
+        options: How to encode.
 
     Raises:
         UserError: if no family knows the model.
     """
-    model = find_model(model_path, components=("vae", "text_encoder", "tokenizer"))
-    return _family(model).load_encoder(model, **options)  # type: ignore[no-any-return]
+    model = find_model(model_path)
+    return _family(model).load_encoder(model, options)  # type: ignore[no-any-return]
 
 
 def _family(model: ModelFolder) -> Any:

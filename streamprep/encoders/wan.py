@@ -1,13 +1,20 @@
-"""Wan: AutoencoderKLWan latents and UMT5 embeddings, as diffusers' ``WanPipeline`` computes them.
+"""Wan: what its models are trained on, as diffusers' ``WanPipeline`` and ``WanImageToVideoPipeline`` compute it.
 
-``vae_latent`` is the mean of the VAE's posterior, not normalised: Wan's trainers apply ``(x - mean) / std`` themselves.
-``text_embedding`` is UMT5's last hidden state, as long as the caption's tokens: the pipeline puts zeros after them, so
-trainers pad with zeros and lose nothing.
+- ``vae_latent`` is the mean of the VAE's posterior, not normalised: Wan's trainers apply ``(x - mean) / std``
+  themselves. With ``posterior="moments"`` there is ``vae_logvar``, its log variance, too.
+- ``text_embedding`` is UMT5's last hidden state, as long as the caption's tokens: the pipeline puts zeros after them,
+  so trainers pad with zeros and lose nothing.
+- ``first_frame_latent`` (image to video) is the mean of the first frame followed by frames of 0.0, mid-grey, and is
+  normalised: the pipeline's ``prepare_latents`` without the mask, which trainers make themselves.
+- ``clip_feature`` (image to video, Wan 2.1) is the layer before the last of CLIP on the first frame.
+
+Wan 2.2 A14B takes no image features. Wan 2.2 TI2V-5B takes neither of the two: its image-to-video keeps the video's own
+first latent frame.
 """
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,114 +22,96 @@ import torch
 from torch import Tensor
 
 from streamprep import canonical
-from streamprep.contract import LatentContract
+from streamprep.contract import ImageContract, LatentContract, TextContract, VideoContract
+from streamprep.encoders import EncodeOptions, _clip_vision, _umt5
+from streamprep.encoders._clip_vision import ClipVision
+from streamprep.encoders._loading import load_component, transformers_class
+from streamprep.encoders._umt5 import Umt5
+from streamprep.encoders._wan_variants import VARIANTS, recognise
 from streamprep.errors import UserError
 from streamprep.models import ModelFolder, component_digest
 from streamprep.types import ClipBatch
 
-PIPELINES = ("WanPipeline",)
+PIPELINES = tuple(sorted({pipeline for variant in VARIANTS for pipeline in variant.pipelines}))
 """What ``model_index.json`` names; this module is for these."""
 
-TEXT_MAX_LENGTH = 512  # WanPipeline.__call__'s max_sequence_length; encode_prompt's own default of 226 is not used
+_TENSORS = {
+    "vae_latent": "posterior mean of the clip, not normalised, (C, T, H, W)",
+    "vae_logvar": "posterior log variance of the clip, not normalised, (C, T, H, W)",
+    "text_embedding": "last hidden state of the caption's tokens, (L, D)",
+    "clip_feature": "hidden_states[-2] of the image encoder on the first frame, all tokens, (L, D)",
+    "first_frame_latent": "posterior mean of the first frame followed by zeros, normalised, no mask, (C, T, H, W)",
+}
 
 
-def load_encoder(
-    model: ModelFolder,
-    *,
-    workload: str,
-    device: torch.device,
-    clean_captions: bool,
-    text_batch_size: int,
-    full_digest: bool,
-) -> WanEncoder:
+def load_encoder(model: ModelFolder, options: EncodeOptions) -> WanEncoder:
     """Describe a Wan model; its weights are loaded by `WanEncoder.load`.
 
-    Args:
-        model: A diffusers folder.
-        workload: ``t2v``.
-        device: Where to encode.
-        clean_captions: As the pipeline does (ftfy, HTML entities, white space); False as FastVideo.
-        text_batch_size: Captions at once.
-        full_digest: Whether the contract's digests are of all bytes of the weights.
-
     Raises:
-        UserError: if the model is not one this module knows.
+        UserError: if the model is not one this module knows, or not one for the workload.
     """
-    vae, text = model.config("vae/config.json"), model.config("text_encoder/config.json")
-    if vae.get("_class_name") != "AutoencoderKLWan":
-        raise UserError(f"{model.name}: the VAE is a {vae.get('_class_name')}, AutoencoderKLWan is expected")
-    contract = _contract(
-        model, vae, text, text_dtype=_text_dtype(device), clean_captions=clean_captions, full_digest=full_digest
+    variant = recognise(model, options.workload)
+    with_image = options.workload == "i2v" and variant.image_features
+    components = ["text_encoder", "tokenizer"]
+    components += ["vae"] if options.workload != "text" else []
+    components += ["image_encoder", "image_processor"] if with_image else []
+    model.fetch(components)
+    names = [
+        "vae_latent" if options.workload != "text" else "",
+        "vae_logvar" if options.workload != "text" and options.posterior == "moments" else "",
+        "text_embedding",
+        "clip_feature" if with_image else "",
+        "first_frame_latent" if options.workload == "i2v" and variant.conditioning_latent else "",
+    ]
+    contract = LatentContract(
+        family="wan",
+        variant=variant.name,
+        model=model.name,
+        revision=model.revision,
+        workload=options.workload,
+        video=_video_contract(model, options, has_conditioning=names[-1] != "") if names[0] else None,
+        text=_text_contract(model, options),
+        image=_image_contract(model, options) if with_image else None,
+        tensors={name: _TENSORS[name] for name in names if name},
     )
-    return WanEncoder(
-        model, contract=contract, device=device, clean_captions=clean_captions, text_batch_size=text_batch_size
-    )
+    return WanEncoder(model, contract=contract, options=options)
 
 
 class WanEncoder:
     """Encodes clips and captions with one Wan model."""
 
-    def __init__(
-        self,
-        model: ModelFolder,
-        *,
-        contract: LatentContract,
-        device: torch.device,
-        clean_captions: bool,
-        text_batch_size: int,
-    ) -> None:
+    def __init__(self, model: ModelFolder, *, contract: LatentContract, options: EncodeOptions) -> None:
         self.contract = contract
-        self._model, self._device = model, device
-        self._clean_captions, self._text_batch_size = clean_captions, text_batch_size
+        self._model, self._device = model, options.device
+        self._text = Umt5(
+            model,
+            device=options.device,
+            dtype=getattr(torch, contract.text.dtype),
+            clean_captions=options.clean_captions,
+            batch_size=options.text_batch_size,
+            offload=options.offload_text_encoder,
+        )
+        self._image = ClipVision(model, device=options.device) if contract.image else None
         self._vae: Any = None
-        self._tokenizer: Any = None
-        self._text_encoder: Any = None
 
     def load(self) -> None:
-        """Load the weights: VAE in float32, UMT5 in bfloat16 on a GPU (float16 overflows) and float32 on the CPU."""
-        from diffusers import AutoencoderKLWan
-        from transformers import UMT5EncoderModel
-        from transformers.utils import logging
+        """Load the weights.
 
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        self._vae = self._load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
-        self._text_encoder = self._load(UMT5EncoderModel, "text_encoder", dtype=_text_dtype(self._device))
-        self._tokenizer = self._tokenizer_class().from_pretrained(self._model.path / "tokenizer")
-
-    def _load(self, kind: Any, component: str, **options: Any) -> Any:
-        """One component, ready; for weights that its files lack, the libraries would only warn and draw random ones."""
-        module, report = kind.from_pretrained(
-            self._model.path, subfolder=component, use_safetensors=True, output_loading_info=True, **options
-        )
-        if lacking := sorted(report["missing_keys"]):
-            raise UserError(
-                f"{self._model.path / component} lacks {len(lacking)} weights of a {kind.__name__}, the first is "
-                f"{lacking[0]}: get the model again"
-            )
-        return module.to(self._device).eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def encode_text(self, captions: Sequence[str]) -> list[Tensor]:
-        """Embed captions, each distinct one once, the longest together.
-
-        Padding a batch to its longest instead of to 512 tokens is 9 to 12 times cheaper and gives the same numbers up
-        to float error: the mask keeps padding out of the attention, and T5's positions are relative.
-
-        Args:
-            captions: As the dataset has them.
-
-        Returns:
-            For each ``(L, D)`` float32 on the CPU; L is the number of its tokens, at most 512.
+        Raises:
+            UserError: if some are missing or wrong.
         """
-        texts = [self._clean(caption) for caption in captions]
-        tokens = {text: self._tokenize(text) for text in dict.fromkeys(texts)}
-        by_length = sorted(tokens, key=lambda text: (len(tokens[text]), text))
-        embedded: dict[str, Tensor] = {}
-        for start in range(0, len(by_length), self._text_batch_size):
-            batch = by_length[start : start + self._text_batch_size]
-            embedded |= zip(batch, self._embed([tokens[text] for text in batch]), strict=True)
-        return [embedded[text] for text in texts]
+        if self.contract.video is not None:
+            from diffusers import AutoencoderKLWan
+
+            dtype = getattr(torch, self.contract.video.dtype)
+            self._vae = load_component(self._model, AutoencoderKLWan, "vae", device=self._device, torch_dtype=dtype)
+        if self._image is not None:
+            self._image.load()
+        self._text.load()
+
+    def encode_text(self, captions: Sequence[str]) -> list[Tensor]:
+        """For each caption ``text_embedding``, (L, D) float32 on the CPU; each distinct one is encoded once."""
+        return self._text.encode(captions)
 
     @torch.inference_mode()
     def encode_batch(self, batch: ClipBatch) -> list[dict[str, Tensor]]:
@@ -132,72 +121,54 @@ class WanEncoder:
             batch: Frames (B, T, C, H, W) uint8.
 
         Returns:
-            For each clip ``vae_latent`` (C, T, H, W) float32 on the CPU: the posterior's mean, not normalised.
+            For each clip the contract's tensors but ``text_embedding``, float32 on the CPU.
         """
-        frames = batch.frames.to(self._device, non_blocking=True).permute(0, 2, 1, 3, 4).contiguous()
-        pixels = frames.float().div_(255.0).mul_(2.0).sub_(1.0)
-        latents = self._vae.encode(pixels).latent_dist.mean.float().cpu()
-        return [{"vae_latent": latent.clone()} for latent in latents]
+        tensors: dict[str, Tensor] = {}
+        pixels_BCTHW = self._pixels(batch.frames)
+        posterior = self._vae.encode(pixels_BCTHW).latent_dist
+        tensors["vae_latent"] = posterior.mean.float().cpu()
+        if "vae_logvar" in self.contract.tensors:
+            tensors["vae_logvar"] = posterior.logvar.float().cpu()
+        if "first_frame_latent" in self.contract.tensors:
+            tensors["first_frame_latent"] = self._encode_condition(pixels_BCTHW)
+        if self._image is not None:
+            tensors["clip_feature"] = self._image.encode(batch.frames[:, 0])
+        return [{name: values[row].clone() for name, values in tensors.items()} for row in range(len(batch.keys))]
 
-    def _tokenizer_class(self) -> Any:
-        """The class the pipeline itself loads; ``AutoTokenizer`` may choose one that splits rare words otherwise."""
-        import transformers
+    def _pixels(self, frames_BTCHW: Tensor) -> Tensor:
+        """uint8 -> (B, C, T, H, W) in -1..1, in the VAE's dtype, on its device."""
+        frames = frames_BTCHW.to(self._device, non_blocking=True).permute(0, 2, 1, 3, 4).contiguous()
+        pixels: Tensor = frames.float().div_(255.0).mul_(2.0).sub_(1.0)
+        return pixels.to(self._vae.dtype)
 
-        _, name = self._model.config("model_index.json").get("tokenizer", (None, None))
-        if not isinstance(name, str) or not hasattr(transformers, name):
-            raise UserError(f"{self._model.name}: transformers {transformers.__version__} has no tokenizer {name!r}")
-        return getattr(transformers, name)
-
-    def _clean(self, caption: str) -> str:
-        if not self._clean_captions:
-            return caption
-        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-        return str(prompt_clean(caption))
-
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(
-            text, max_length=TEXT_MAX_LENGTH, truncation=True, add_special_tokens=True
-        ).input_ids
-        return ids
-
-    def _embed(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        longest = max(map(len, tokens))
-        ids = torch.full((len(tokens), longest), self._tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, row_tokens in enumerate(tokens):
-            ids[row, : len(row_tokens)] = torch.tensor(row_tokens)
-            mask[row, : len(row_tokens)] = 1
-        states = self._text_encoder(ids.to(self._device), mask.to(self._device)).last_hidden_state.float().cpu()
-        return [states[row, : len(row_tokens)].clone() for row, row_tokens in enumerate(tokens)]
+    def _encode_condition(self, pixels_BCTHW: Tensor) -> Tensor:
+        """The first frame, then 0.0: ``WanImageToVideoPipeline.prepare_latents``. Overwrites the pixels."""
+        pixels_BCTHW[:, :, 1:] = 0.0
+        latents: Tensor = self._vae.encode(pixels_BCTHW).latent_dist.mean.float()
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (self._vae.config.latents_mean, self._vae.config.latents_std)
+        )
+        return ((latents - mean) * (1.0 / std)).cpu()
 
 
-def _text_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _contract(
-    model: ModelFolder,
-    vae: dict[str, Any],
-    text: dict[str, Any],
-    *,
-    text_dtype: torch.dtype,
-    clean_captions: bool,
-    full_digest: bool,
-) -> LatentContract:
+def _video_contract(model: ModelFolder, options: EncodeOptions, *, has_conditioning: bool) -> VideoContract:
+    vae = model.config("vae/config.json")
+    if vae.get("_class_name") != "AutoencoderKLWan":
+        raise UserError(f"{model.name}: the VAE is a {vae.get('_class_name')}, AutoencoderKLWan is expected")
+    channels = vae.get("z_dim", 16)
     spatial, temporal = vae.get("scale_factor_spatial") or 8, vae.get("scale_factor_temporal") or 4
-    return LatentContract(
-        family="wan",
-        model=model.name,
-        revision=model.revision,
+    return VideoContract(
         vae_class="AutoencoderKLWan",
-        vae_dtype="float32",
-        vae_sha256=component_digest(model.path / "vae", full=full_digest),
-        posterior="mean",
+        dtype=options.vae_dtype,
+        tf32=options.allow_tf32,
+        sha256=component_digest(model.path / "vae", full=options.full_digest),
+        posterior=options.posterior,
         space="raw",
-        latents_mean=tuple(vae["latents_mean"]),
-        latents_std=tuple(vae["latents_std"]),
-        latent_channels=vae["z_dim"],
+        conditioning_space="normalised" if has_conditioning else None,
+        latents_mean=_numbers(model, "latents_mean", count=channels, above=-math.inf),
+        latents_std=_numbers(model, "latents_std", count=channels, above=0.0),
+        latent_channels=channels,
         temporal_factor=temporal,
         spatial_factor=spatial,
         spatial_multiple=spatial * 2,  # the transformer's patches are 1x2x2 latents
@@ -205,22 +176,66 @@ def _contract(
         pixel_range=(-1.0, 1.0),
         resize_rule="centre crop to the aspect ratio, then bilinear, align_corners, antialias, on uint8",
         fps_rule="frame int(i * source_fps / train_fps), from the first",
-        text_encoder_class=(text.get("architectures") or ["UMT5EncoderModel"])[0],
-        text_dtype=str(text_dtype).removeprefix("torch."),
-        text_sha256=_text_digest(model, full=full_digest),
-        text_max_length=TEXT_MAX_LENGTH,
-        text_states="last_hidden_state",
-        text_padding="trimmed",
-        captions_cleaned=clean_captions,
-        tensors={
-            "vae_latent": "posterior mean of the clip, not normalised, (C, T, H, W)",
-            "text_embedding": "last hidden state of the caption's tokens, (L, D)",
-        },
     )
 
 
-def _text_digest(model: ModelFolder, *, full: bool) -> str:
-    """Of the text encoder and the tokenizer together."""
-    return canonical.digest(
-        [component_digest(model.path / folder, full=full) for folder in ("text_encoder", "tokenizer")]
+def _text_contract(model: ModelFolder, options: EncodeOptions) -> TextContract:
+    config, takes = model.config("text_encoder/config.json"), model.config("transformer/config.json").get("text_dim")
+    dim = config.get("d_model")
+    if dim != (takes or 4096):
+        raise UserError(
+            f"{model.name}: the text encoder gives {dim} features, the transformer takes {takes or 4096} (text_dim): "
+            "they do not belong together"
+        )
+    return TextContract(
+        encoder_class=(config.get("architectures") or ["UMT5EncoderModel"])[0],
+        dtype=options.text_dtype,
+        sha256=_digest(model, ("text_encoder", "tokenizer"), options),
+        max_length=_umt5.MAX_LENGTH,
+        dim=dim,
+        states=_umt5.STATES,
+        padding="trimmed",
+        captions_cleaned=options.clean_captions,
     )
+
+
+def _image_contract(model: ModelFolder, options: EncodeOptions) -> ImageContract:
+    config, takes = model.config("image_encoder/config.json"), model.config("transformer/config.json")["image_dim"]
+    dim, size, patch = (int(config.get(name, 0)) for name in ("hidden_size", "image_size", "patch_size"))
+    if dim != takes or not patch:
+        raise UserError(
+            f"{model.name}: the image encoder gives {dim} features, the transformer takes {takes} (image_dim): "
+            "they do not belong together"
+        )
+    crop = model.config("image_processor/preprocessor_config.json").get("crop_size")
+    if crop not in (size, {"height": size, "width": size}):
+        raise UserError(f"{model.name}: the image processor crops to {crop}, the image encoder takes {size} pixels")
+    return ImageContract(
+        encoder_class=(config.get("architectures") or ["CLIPVisionModel"])[0],
+        processor_class=transformers_class(model, "image_processor").__name__,
+        dtype="float32",
+        sha256=_digest(model, ("image_encoder", "image_processor"), options),
+        states=_clip_vision.STATES,
+        num_tokens=(size // patch) ** 2 + 1,
+        dim=dim,
+    )
+
+
+def _digest(model: ModelFolder, components: Sequence[str], options: EncodeOptions) -> str:
+    """Of several components together."""
+    return canonical.digest([component_digest(model.path / name, full=options.full_digest) for name in components])
+
+
+def _numbers(model: ModelFolder, name: str, *, count: int, above: float) -> tuple[float, ...]:
+    """One number for each latent channel, of the VAE's config; its class has defaults, but for 16 channels only."""
+    values = model.config("vae/config.json").get(name)
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or not all(isinstance(value, (int, float)) and math.isfinite(value) and value > above for value in values)
+    ):
+        raise UserError(
+            f"{model.path / 'vae/config.json'}: {name} must be {count} numbers{' above 0' if above == 0 else ''}, one "
+            f"for each latent channel, got {values}"
+        )
+    return tuple(values)

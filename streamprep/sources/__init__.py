@@ -12,21 +12,26 @@ from streamprep.errors import UserError
 from streamprep.sources._files import Listing
 
 _GROUP = "streamprep.sources"
-_AUTO_ORDER = ("merged", "raw", "folder")  # from the most particular layout to the one nearly everything fits
+_AUTO_ORDER = (
+    "prompts",
+    "merged",
+    "raw",
+    "folder",
+)  # from the most particular layout to the one nearly everything fits
 
 
 def list_dataset(root: Path, dataset_type: str) -> Listing:
     """What a dataset holds, sorted by key and checked.
 
     Args:
-        root: The dataset's folder.
+        root: The dataset's folder, or file.
         dataset_type: A source's name, or ``auto``.
 
     Raises:
         UserError: if the folder is missing, or not of that layout, or lists nothing usable.
     """
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder")
+    if not root.exists():
+        raise UserError(f"{root} is not there")
     name = _recognise(root) if dataset_type == "auto" else dataset_type
     listing: Listing = plugins.load(_GROUP, name).read_samples(root)
     return listing.checked(root)
@@ -36,6 +41,8 @@ def _recognise(root: Path) -> str:
     for name in _AUTO_ORDER:
         if plugins.load(_GROUP, name).matches(root):
             return name
+    if not root.is_dir():
+        raise UserError(f"{root} is neither a folder nor a .txt file with a prompt on each line")
     raise UserError(
         f"{root} has none of the layouts {', '.join(_AUTO_ORDER)}: no videos2caption.json, no videos.txt with "
         "prompt.txt, no video files"

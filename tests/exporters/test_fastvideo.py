@@ -19,7 +19,7 @@ from exporters import fastvideo
 from streamprep import canonical, plugins
 from streamprep.job import UNIT_FILE
 from streamprep.storage import Store, open_store
-from streamprep.types import EncodedSample, ShardWriter, WrittenFile
+from streamprep.types import EncodedClip, EncodedSample, ShardWriter, WrittenFile
 
 EXPORTERS = plugins.names("streamprep.exporters")
 CONTRACT = {"family": "wan", "latents_mean": [0.5, -0.25], "model": "Zo\u00eb/\u4f60\u597d"}
@@ -32,11 +32,7 @@ def make_sample(number: int = 0, *, tensors: Mapping[str, Tensor] | None = None,
         "id": f"dir/{number}.mp4",
         "file_name": f"dir/{number}.mp4",
         "caption": f"Caption {number}.",
-        "width": 96,
-        "height": 64,
-        "num_frames": 17,
-        "train_fps": 16.0,
-        "source_fps": 30000 / 1001,
+        "clip": EncodedClip(width=96, height=64, num_frames=17, train_fps=16.0, source_fps=30000 / 1001),
     }
     own = {
         "vae_latent": torch.randn(16, 5, 2, 3, generator=random),

@@ -1,0 +1,41 @@
+"""A text file with a prompt on each line, without videos: FastVideo's input for text-only preprocessing.
+
+The name of a prompt is the file's and the number of its line. A line that is empty has no caption, and is dropped as
+such when it is encoded; blank lines at the end are none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streamprep.errors import UserError
+from streamprep.keys import key_of
+from streamprep.sources._files import Listing
+from streamprep.types import RawSample
+
+
+def matches(root: Path) -> bool:
+    """Whether it is a text file."""
+    return root.suffix == ".txt" and root.is_file()
+
+
+def read_samples(root: Path) -> Listing:
+    """List the file's prompts.
+
+    Raises:
+        UserError: if it cannot be read as UTF-8.
+    """
+    try:
+        text = root.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{root} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise UserError(f"{root} is not a text file with a prompt on each line: {error}") from error
+    listing = Listing()
+    for number, line in enumerate(text.rstrip("\n \t\r").split("\n"), start=1):
+        name = f"{root.stem}-{number:06d}"
+        captions = (line.strip(),) if line.strip() else ()
+        listing.samples.append(
+            RawSample(key=key_of(f"{name}.txt"), file_name=name, path=None, size_bytes=0, version="", captions=captions)
+        )
+    return listing
