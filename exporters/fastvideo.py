@@ -32,6 +32,8 @@ TENSORS = {
 """The tensors of each workload, in the schema's order."""
 WORKLOADS = tuple(TENSORS)
 POSTERIORS = ("mean",)
+DTYPES = ("float32",)
+"""What tensors can be stored as."""
 _MAY_BE_EMPTY = ("clip_feature", "first_frame_latent", "pil_image")
 """What not every image-to-video model takes, and a picture that no trainer reads as it should (FastVideo's own reader
 takes its uint8 for float32): their columns are there, with no bytes, as FastVideo writes them."""

@@ -67,6 +67,25 @@ class EncodeSettings:
     """Drop videos longer than this many times num_frames / train_fps x speed_factor seconds; by default none."""
     speed_factor: float = 1.0
     """See video_length_tolerance_range."""
+    window: Literal["first", "middle", "random", "uniform", "every"] = "first"
+    """Where in a video clips are taken: at its beginning, in its middle, at one place drawn by --seed and key, at
+    --num-windows places from beginning to end, or every --window-stride frames."""
+    num_windows: int = 1
+    """Clips of a video with --window uniform."""
+    window_stride: int | None = None
+    """Frames (at the training rate) from one clip to the next with --window every; by default the length of a clip."""
+    do_temporal_sample: bool = False
+    """FastVideo's name for --window random."""
+    drop_short_ratio: float = 1.0
+    """Drop this share of the videos with too few frames, drawn by --seed and key; the others give shorter clips."""
+    buckets: str | None = None
+    """Sizes to choose from instead of the one: a list of HEIGHTxWIDTH, HEIGHTxWIDTHxFRAMES, 480p, 720p, or auto (common
+    aspect ratios at the area of --max-height x --max-width). A video goes to the nearest in aspect ratio, then in area,
+    and to the longest clip it has frames for."""
+    max_upscale: float | None = None
+    """Drop videos that would be enlarged more than so many times; by default none."""
+    where: str | None = None
+    """Encode only samples of which this SQL expression is true, such as "aesthetic > 5 and duration < 20"."""
     max_samples: int | None = None
     """Encode only the first so many."""
     caption: Literal["first", "random", "all"] = "first"
@@ -113,7 +132,7 @@ class EncodeSettings:
     encode_threads: int = 0
     """Threads of the encoder on the CPU; 0 is one for each core, or what the job began with."""
     seed: int = 42
-    """Of --caption random and --training-cfg-rate."""
+    """Of whatever is drawn: --caption random, --window random, --training-cfg-rate, --drop-short-ratio."""
     full_digest: bool = False
     """Tell models apart by all bytes of their weights instead of the ends of every tensor."""
     serial: bool = False
@@ -128,6 +147,7 @@ class EncodeSettings:
             samples_per_file=self.samples_per_file,
             preprocess_video_batch_size=self.preprocess_video_batch_size,
             text_batch_size=self.text_batch_size,
+            num_windows=self.num_windows,
             max_pixels=self.max_pixels,
             decode_memory_mb=self.decode_memory_mb,
         )
@@ -140,8 +160,23 @@ class EncodeSettings:
         _above_zero(train_fps=self.train_fps, speed_factor=self.speed_factor, decode_timeout=self.decode_timeout)
         if self.video_length_tolerance_range is not None:
             _above_zero(video_length_tolerance_range=self.video_length_tolerance_range)
+        if self.max_upscale is not None:
+            _above_zero(max_upscale=self.max_upscale)
         if self.max_samples is not None:
             _at_least(1, max_samples=self.max_samples)
+        if self.window_stride is not None:
+            _at_least(1, window_stride=self.window_stride)
+        _at_least(0, drop_short_ratio=self.drop_short_ratio)
+        _at_most(1, drop_short_ratio=self.drop_short_ratio)
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        if self.do_temporal_sample and self.window not in ("first", "random"):
+            raise UserError(f"--do-temporal-sample is --window random, and --window {self.window} is given")
+        if self.num_windows != 1 and self.window != "uniform":
+            raise UserError("--num-windows goes with --window uniform")
+        if self.window_stride is not None and self.window != "every":
+            raise UserError("--window-stride goes with --window every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +194,22 @@ class EncodeConfig(EncodeSettings):
     """Folder that `streamprep pack` wrote."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Folder for the latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(EncodeSettings):
+    """Say what `encode` would do: what is encoded, what is dropped and why, at which sizes, how large the output is.
+
+    Example: streamprep plan my_shards --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --buckets 480p
+
+    It takes seconds and no GPU: no tar is opened, no weight is loaded or downloaded. It takes all flags of `encode`.
+    """
+
+    POSITIONAL: ClassVar = ("shards",)
+    shards: Annotated[Positional[str], arg(metavar="SHARDS")]
+    """Folder that `streamprep pack` wrote."""
+    out: str | None = None
+    """Write every decision to this Parquet file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 from streamprep import canonical, job
 from streamprep.claims import claim
 from streamprep.commit import Committer, EncodedBatch, obey_earlier_stop
-from streamprep.config import EncodeConfig
+from streamprep.config import EncodeConfig, EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.decode_pool import DecodePool
 from streamprep.decoder import Decoder, InlineDecoder
@@ -41,8 +41,8 @@ from streamprep.finalize import Totals, finalize, leftovers, totals
 from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
-from streamprep.plan import ClipPlan, RowPlan, TextPlan, UnitPlan
-from streamprep.prepare import fingerprint, load_exporter, plan_job, replan, size_bytes
+from streamprep.plan import ClipPlan, RowPlan, SamplingRules, TextPlan, UnitPlan
+from streamprep.prepare import fingerprint, load_exporter, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size
 from streamprep.record import BadClip
 from streamprep.selfcheck import check_encoder, check_first_frame
@@ -50,6 +50,7 @@ from streamprep.storage import Store, open_store
 from streamprep.stream import decode_units
 from streamprep.types import ClipBatch, EncodedClip, EncodedSample, ShardWriter
 
+_SHAPES_KEPT = 2
 _TEXTS_AT_ONCE = 256  # sorted by length together; with 512 tokens each, 2 GB in float32
 
 
@@ -92,13 +93,24 @@ def encode(config: EncodeConfig) -> Totals:
     shards, out = open_store(config.shards), open_store(config.out)
     config = settle(config, out)
     load_exporter(config)
+    rules_of(config, describe_model(config))  # sizes that don't fit are refused before weights are downloaded
     encoder = open_encoder(config.model_path, _options(config))
-    encoder.contract.check_geometry(height=config.max_height, width=config.max_width, num_frames=config.num_frames)
     was_done = out.exists(job.SUCCESS) and out.exists(job.INDEX)
     current, num_encoded = run(config, shards, out, encoder)
     if was_done and not num_encoded and not leftovers(current):
         return totals(current)
     return finalize(current)
+
+
+def describe_model(config: EncodeSettings) -> LatentContract:
+    """The contract but for its digests, from the model's configs alone.
+
+    Raises:
+        UserError: if the model is not known, or not one for the workload.
+    """
+    text_dtype = "float32" if config.text_dtype == "auto" else config.text_dtype
+    settled = dataclasses.replace(config, device="cpu", text_dtype=text_dtype)
+    return open_encoder(config.model_path, dataclasses.replace(_options(settled), digest="none")).contract
 
 
 def settle(config: EncodeConfig, out: Store) -> EncodeConfig:
@@ -135,6 +147,7 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tu
         TooManyBadSamples: if so many samples are bad that the settings must be wrong.
         LatentMismatch: if what is encoded contradicts itself.
     """
+    rules = rules_of(config, encoder.contract)
     begun = job.find_job(out, fingerprint(config, encoder.contract, load_manifest(shards)))
     plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract)
     units = begun.unfinished() if begun else list(plan.units)
@@ -144,32 +157,34 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tu
         obey_earlier_stop(begun, config.max_bad_fraction)
         _warn_of_other_versions(plan, progress, needed=bool(units))
     to_encode = [unit for unit in units if unit.num_clips]
-    with _machinery(config, encoder, needed=bool(to_encode)) as machinery:
+    with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
         current = begun or job.start_or_join(out, plan)
         current.store.remove_unpublished()
         with Committer(
             current, open_writer=_writer_opener(current, config), max_bad_fraction=config.max_bad_fraction
         ) as committer:
             if machinery is not None:
-                _encode_units(to_encode, committer, progress, config, shards, machinery)
+                _encode_units(to_encode, committer, progress, config, rules, shards, machinery)
             for unit in units:
                 if not unit.num_clips:
-                    committer.commit(replan(shards, unit, config))
+                    committer.commit(replan(shards, unit, rules))
             committer.check_any_rows()
     return current, len(units)
 
 
-def _machinery(config: EncodeConfig, encoder: Encoder, *, needed: bool) -> AbstractContextManager[Machinery | None]:
-    return _start_machinery(config, encoder) if needed else nullcontext()
+def _machinery(
+    config: EncodeConfig, rules: SamplingRules, encoder: Encoder, *, needed: bool
+) -> AbstractContextManager[Machinery | None]:
+    return _start_machinery(config, rules, encoder) if needed else nullcontext()
 
 
 @contextmanager
-def _start_machinery(config: EncodeConfig, encoder: Encoder) -> Iterator[Machinery]:
+def _start_machinery(config: EncodeConfig, rules: SamplingRules, encoder: Encoder) -> Iterator[Machinery]:
     """Decoding processes start while the model loads.
 
     The decoder is closed first: a clip that hangs must not hold up the stage that waits for it.
     """
-    with Pipeline(serial=config.serial) as pipeline, _open_decoder(config, encoder.contract) as decoder:
+    with Pipeline(serial=config.serial) as pipeline, _open_decoder(config, rules) as decoder:
         encoder.load()
         check_encoder(encoder)
         yield Machinery(pipeline=pipeline, decoder=decoder, encoder=encoder)
@@ -180,6 +195,7 @@ def _encode_units(
     committer: Committer,
     progress: Progress,
     config: EncodeConfig,
+    rules: SamplingRules,
     shards: Store,
     machinery: Machinery,
 ) -> None:
@@ -187,7 +203,7 @@ def _encode_units(
     _write_unconditional(committer.job, config, encoder)
     with progress:
         progress.already_done(progress.total - sum(unit.num_clips for unit in units))
-        plans = (replan(shards, unit, config) for unit in claim(committer.job, units))
+        plans = (replan(shards, unit, rules) for unit in claim(committer.job, units))
         buffers = FrameBuffers(pin=config.device != "cpu")
         if encoder.contract.video is None:
             batches = _batches_of_texts(plans)
@@ -211,23 +227,29 @@ def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardW
 
 
 class FrameBuffers:
-    """Memory for batches of frames, used again: fresh memory costs its page faults, pinned memory far more."""
+    """Memory for batches of frames, used again: fresh memory costs its page faults, pinned memory far more.
+
+    Buffers of the latest few shapes are kept, so that buckets do not add up.
+    """
 
     def __init__(self, *, pin: bool) -> None:
         self._pin = pin
-        self._free: deque[Tensor] = deque()
+        self._free: dict[tuple[int, ...], deque[Tensor]] = {}
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         """A uint8 tensor with whatever is in it."""
-        while self._free:
-            buffer = self._free.pop()
-            if buffer.shape == shape:
-                return buffer
+        free = self._free.get(shape)
+        if free:
+            return free.pop()
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
 
     def give_back(self, buffer: Tensor) -> None:
         """Nobody looks at it any more."""
-        self._free.append(buffer)
+        free = self._free.pop(buffer.shape, deque())
+        self._free[buffer.shape] = free  # the latest comes last
+        free.append(buffer)
+        while len(self._free) > _SHAPES_KEPT:
+            del self._free[next(iter(self._free))]
 
 
 def _batches_of_texts(units: Iterator[UnitPlan]) -> Iterator[DecodedBatch]:
@@ -337,7 +359,7 @@ def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -
     current.store.put_if_absent(name, safetensors.torch.save(tensors), step="uncond")
 
 
-def _options(config: EncodeConfig) -> EncodeOptions:
+def _options(config: EncodeSettings) -> EncodeOptions:
     return EncodeOptions(
         workload=config.workload_type,
         device=torch.device(config.device),
@@ -348,7 +370,7 @@ def _options(config: EncodeConfig) -> EncodeOptions:
         clean_captions=config.clean_captions,
         text_batch_size=config.text_batch_size,
         offload_text_encoder=config.offload_text_encoder,
-        full_digest=config.full_digest,
+        digest="full" if config.full_digest else "ends",
     )
 
 
@@ -377,15 +399,15 @@ def _encode_threads(config: EncodeConfig, out: Store) -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _open_decoder(config: EncodeConfig, contract: LatentContract) -> Decoder:
-    if config.serial or contract.video is None:
+def _open_decoder(config: EncodeConfig, rules: SamplingRules) -> Decoder:
+    if config.serial or rules.workload_type == "text":
         return InlineDecoder()
     cores = len(os.sched_getaffinity(0))
     workers = config.dataloader_num_workers or max(1, cores // 2 if config.device == "cpu" else cores - 1)
     return DecodePool(
         num_workers=workers,
         num_slots=workers + config.preprocess_video_batch_size,
-        slot_bytes=config.num_frames * 3 * config.max_height * config.max_width,
+        slot_bytes=max(3 * one.num_frames * one.height * one.width for one in rules.sizes),
         timeout_seconds=config.decode_timeout,
         memory_bytes=config.decode_memory_mb * 2**20,
     )
@@ -395,7 +417,7 @@ def _describe(plan: JobPlan, units: Sequence[Unit], config: EncodeConfig, contra
     dropped, bad = sum(unit.num_dropped for unit in plan.units), sum(unit.num_bad for unit in plan.units)
     what = count(plan.num_clips, "clip" if contract.video else "sample")
     rows = f" in {count(plan.num_rows, 'row')}" if plan.num_rows != plan.num_clips else ""
-    large = f"{size(size_bytes(plan, config, contract))} and " if contract.video else ""
+    large = f"{size(plan.size_bytes)} and " if contract.video else ""
     lines = [
         f"{count(len(plan.units), 'shard')}, {len(plan.units) - len(units)} done; {what} planned{rows}, {dropped} "
         f"dropped, {bad} with a bad header; {large}the text embeddings; {contract.family} {contract.variant} model "

@@ -57,6 +57,8 @@ class Unit:
     num_dropped: int
     num_bad: int
     """Known to be bad from their headers."""
+    size_bytes: int
+    """Of its rows without the text embeddings, whose lengths nobody knows yet."""
     limit: int | None
     """Take only so many clips of it; None takes all."""
     num_rows: int
@@ -91,6 +93,11 @@ class JobPlan:
     def num_rows(self) -> int:
         """Of all units, if no sample is bad."""
         return sum(unit.num_rows for unit in self.units)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all units, without text embeddings."""
+        return sum(unit.size_bytes for unit in self.units)
 
     def to_json(self) -> bytes:
         """The content of ``plan.json``."""

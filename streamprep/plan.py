@@ -3,32 +3,37 @@
 No tar is opened, nothing is decoded, and the same index with the same rules always gives the same plan. A *unit* is
 one shard: it is taken, encoded and committed as a whole.
 
-Frames are chosen as FastVideo chooses them: ``np.arange(0, num_frames, fps / train_fps).astype(int)[:N]``, with the
-fps and num_frames that the dataset declares where they agree with the file. A video of variable frame rate is sampled
-by time instead: the frame on show at ``start + k / train_fps``.
+For each sample: may it be used (`streamprep.where`, its captions, its length)? At which size (`streamprep.buckets`)?
+Which frames (`streamprep.sampling`), by the fps and num_frames that the dataset declares where they agree with the
+file?
 
-A clip is decoded and encoded once and becomes a *row* for each caption that is chosen for it. Where only captions are
-encoded, a sample's video is not looked at.
+A video gives one clip, or several windows (``#NN``). A clip is decoded and encoded once and becomes a *row* for each
+caption that is chosen for it (``@NN``). Where only captions are encoded, a sample's video is not looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from streamprep import canonical
+from streamprep.buckets import Bucket, choose_bucket, upscaling
 from streamprep.errors import BadSample
+from streamprep.sampling import ResampledVideo, resample, uniform, window_starts
 from streamprep.shards import Member, ShardIndex, ShardSample
 from streamprep.types import DecodeRequest
+from streamprep.where import Where
 
 DROP_REASONS = {
     "empty_caption": "it has no caption, or an empty one",
     "caption_encoding": "its caption cannot be written as UTF-8",
     "no_video": "its shard holds only its caption, packed by --captions-only",
-    "too_short": "it has fewer frames than --num-frames at --train-fps",
+    "where": "--where is not true of it",
+    "upscale": "it would be enlarged more than --max-upscale allows",
+    "too_short": "it has fewer frames than --num-frames (or the shortest bucket) at --train-fps",
     "too_long": "it is longer than --video-length-tolerance-range allows",
 }
 """Why a rule excludes a sample: the closed list."""
@@ -53,8 +58,32 @@ class SamplingRules:
     """Which of a sample's captions: ``first``, ``random`` or ``all``."""
     training_cfg_rate: float = 0.0
     """Share of the rows whose prompt is empty."""
+    where: str | None = None
+    """An SQL expression that a sample's metadata must fulfil."""
+    window: str = "first"
+    """One of `streamprep.sampling.WINDOWS`."""
+    num_windows: int = 1
+    window_stride: int | None = None
+    """None is ``num_frames`` of the clip: windows side by side."""
+    drop_short_ratio: float = 1.0
+    """Share of the videos with too few frames that are dropped; the others give shorter clips."""
+    buckets: tuple[Bucket, ...] = ()
+    """Sizes to choose from; without any, ``max_height`` x ``max_width`` x ``num_frames``."""
+    max_upscale: float | None = None
+    frame_step: int = 4
+    """The model's: clips have ``frame_step * k + 1`` frames."""
     seed: int = 42
     """With the key, it decides what is random."""
+
+    @property
+    def sizes(self) -> tuple[Bucket, ...]:
+        """The buckets, at least one."""
+        return self.buckets or (Bucket(self.max_height, self.max_width, self.num_frames),)
+
+    @property
+    def several_windows(self) -> bool:
+        """Whether a video may give several clips: then each has a number."""
+        return self.window in ("uniform", "every")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +98,10 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlan:
-    """One row of the output: a sample with one of its captions."""
+    """One row of the output: a clip, or only a sample, with one of its captions."""
 
     key: str
-    """The sample's, with ``@NN`` for a caption that is not the first."""
+    """The clip's or sample's, with ``@NN`` for a caption that is not the first."""
     id: str
     """The file's name, with the same suffix."""
     caption: str
@@ -94,12 +123,17 @@ class TextPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipPlan(TextPlan):
-    """One clip that is to be encoded, and its captions."""
+    """One clip that is to be encoded, and its captions; its key is the sample's, with ``#NN`` for one of several."""
 
     video: Member
     """Where its bytes lie in the shard."""
     request: DecodeRequest
     source_fps: float
+
+    @property
+    def bucket(self) -> Bucket:
+        """Its size."""
+        return Bucket(self.request.height, self.request.width, len(self.request.timestamps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +143,7 @@ class UnitPlan:
     id: str
     shard: str
     clips: tuple[ClipPlan, ...] = ()
-    """In the order of the shard."""
+    """By bucket, and in the order of the shard."""
     texts: tuple[TextPlan, ...] = ()
     """Where only captions are encoded, instead of clips."""
     dropped: tuple[Excluded, ...]
@@ -127,9 +161,10 @@ class UnitPlan:
         return (row for sample in self.samples for row in sample.rows)
 
     def batches(self, size: int) -> Iterator[Sequence[ClipPlan]]:
-        """The clips, ``size`` at a time; the last may be smaller. Batches never cross a unit."""
-        for start in range(0, len(self.clips), size):
-            yield self.clips[start : start + size]
+        """The clips, at most ``size`` of one bucket at a time. Batches never cross a unit."""
+        for _, clips in itertools.groupby(self.clips, key=lambda clip: clip.bucket):
+            while batch := list(itertools.islice(clips, size)):
+                yield batch
 
 
 def plan_unit(unit_id: str, index: ShardIndex, rules: SamplingRules, *, limit: int | None = None) -> UnitPlan:
@@ -139,29 +174,41 @@ def plan_unit(unit_id: str, index: ShardIndex, rules: SamplingRules, *, limit: i
         unit_id: The unit's name.
         index: The shard's samples.
         rules: What the settings say.
-        limit: Look no further once so many are found that are to be encoded.
+        limit: Look no further once so many clips, or samples of which only captions are encoded, are found.
+
+    Raises:
+        UserError: if ``rules.where`` cannot be evaluated.
     """
-    clips: list[ClipPlan] = []
-    texts: list[TextPlan] = []
+    samples: list[TextPlan] = []
     dropped: list[Excluded] = []
     bad: list[Excluded] = []
+    chosen = where_of(rules).keys_of(index.samples) if rules.where else None
     for sample in index.samples:
-        if limit is not None and len(clips) + len(texts) >= limit:
+        if limit is not None and len(samples) >= limit:
             break
         try:
-            if rules.workload_type == "text":
-                texts.append(plan_text(sample, rules))
-                dropped += texts[-1].unusable
-            else:
-                clips.append(plan_clip(sample, rules))
-                dropped += clips[-1].unusable
+            if chosen is not None and sample.key not in chosen:
+                raise _Drop("where", f"--where {rules.where}")
+            found = [plan_text(sample, rules)] if rules.workload_type == "text" else plan_clips(sample, rules)
+            samples += found
+            dropped += found[0].unusable
         except _Drop as drop:
             dropped.append(Excluded(key=sample.key, reason=drop.reason, message=drop.message))
         except BadSample as error:
             bad.append(Excluded(key=sample.key, reason=error.reason, message=error.message))
+    samples = samples[:limit]
+    clips = sorted((sample for sample in samples if isinstance(sample, ClipPlan)), key=lambda clip: clip.bucket)
+    texts = () if rules.workload_type != "text" else tuple(samples)
     return UnitPlan(
-        id=unit_id, shard=index.name, clips=tuple(clips), texts=tuple(texts), dropped=tuple(dropped), bad=tuple(bad)
+        id=unit_id, shard=index.name, clips=tuple(clips), texts=texts, dropped=tuple(dropped), bad=tuple(bad)
     )
+
+
+@functools.lru_cache(maxsize=1)
+def where_of(rules: SamplingRules) -> Where:
+    """The rules' expression, which notes what columns it has seen."""
+    assert rules.where is not None
+    return Where(rules.where)
 
 
 def plan_text(sample: ShardSample, rules: SamplingRules) -> TextPlan:
@@ -170,37 +217,14 @@ def plan_text(sample: ShardSample, rules: SamplingRules) -> TextPlan:
     Raises:
         _Drop: if none can be used.
     """
-    captions: Sequence[str] = sample.metadata["captions"]
-    unusable: list[Excluded] = []
-    if rules.caption == "first":
-        chosen = {0: _usable(captions[0] if captions else None)}
-    else:
-        chosen, unusable = _usable_captions(sample.key, captions)
-        if rules.caption == "random":
-            number = int(uniform(rules.seed, sample.key, "caption") * len(chosen))
-            chosen = {0: list(chosen.values())[number]}
-    return TextPlan(
-        key=sample.key,
-        file_name=sample.metadata["file_name"],
-        rows=tuple(_plan_row(sample, number, caption, rules) for number, caption in chosen.items()),
-        unusable=tuple(unusable),
-    )
+    captions, unusable = _choose_captions(sample, rules)
+    file_name = sample.metadata["file_name"]
+    rows = _plan_rows(sample.key, file_name, captions, rules)
+    return TextPlan(key=sample.key, file_name=file_name, rows=rows, unusable=unusable)
 
 
-def _plan_row(sample: ShardSample, number: int, caption: str, rules: SamplingRules) -> RowPlan:
-    suffix = f"@{number:02d}" if number else ""
-    key = sample.key + suffix
-    is_unconditional = uniform(rules.seed, key, "guidance") < rules.training_cfg_rate
-    return RowPlan(
-        key=key,
-        id=sample.metadata["file_name"] + suffix,
-        caption=caption,
-        prompt="" if is_unconditional else caption,
-    )
-
-
-def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
-    """Decide about one sample.
+def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
+    """Decide about one sample: its clips, at least one.
 
     Raises:
         _Drop: if a rule excludes it.
@@ -212,46 +236,83 @@ def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
     if "probe_error" in metadata:
         raise BadSample("probe_failed", metadata["probe_error"], stage="plan")
     fps, num_frames = _declared_or_probed(metadata)
-    text = plan_text(sample, rules)
+    captions, unusable = _choose_captions(sample, rules)
     _check_length(num_frames / fps, rules)
-    indices, timestamps = _choose_frames(metadata, fps=fps, num_frames=num_frames, rules=rules)
-    if len(timestamps) < rules.num_frames:
-        raise _Drop(
-            "too_short",
-            f"{len(timestamps)} frames at {rules.train_fps:g} fps, {rules.num_frames} are wanted "
-            f"({metadata['num_frames']} frames at {metadata['fps']:g} fps)",
-        )
-    return ClipPlan(
-        key=text.key,
-        file_name=text.file_name,
-        rows=text.rows,
-        unusable=text.unusable,
-        video=sample.video,
-        source_fps=float(fps),
-        request=DecodeRequest(
-            sha256=metadata["sha256"],
-            indices=indices,
-            timestamps=timestamps,
-            tolerance_seconds=0.5 / metadata["fps"],
-            height=rules.max_height,
-            width=rules.max_width,
-            max_pixels=rules.max_pixels,
-        ),
+    video = resample(metadata, fps=fps, num_frames=num_frames, train_fps=rules.train_fps)
+    bucket = _choose_size(sample, video, rules)
+    starts = window_starts(
+        video.length,
+        bucket.num_frames,
+        window=rules.window,
+        num_windows=rules.num_windows,
+        stride=rules.window_stride or bucket.num_frames,
+        draw=uniform(rules.seed, sample.key, "window") if rules.window == "random" else 0.0,
     )
+    clips = []
+    for number, start in enumerate(starts):
+        suffix = f"#{number:02d}" if rules.several_windows else ""
+        indices, timestamps = video.window(start, bucket.num_frames)
+        clips.append(
+            ClipPlan(
+                key=sample.key + suffix,
+                file_name=metadata["file_name"],
+                rows=_plan_rows(sample.key + suffix, metadata["file_name"] + suffix, captions, rules),
+                unusable=unusable,
+                video=sample.video,
+                source_fps=float(fps),
+                request=DecodeRequest(
+                    sha256=metadata["sha256"],
+                    indices=indices,
+                    timestamps=timestamps,
+                    tolerance_seconds=0.5 / metadata["fps"],
+                    height=bucket.height,
+                    width=bucket.width,
+                    max_pixels=rules.max_pixels,
+                ),
+            )
+        )
+    return clips
 
 
-def uniform(seed: int, key: str, purpose: str) -> float:
-    """A number in [0, 1) that follows from the arguments alone, on every machine, in any order."""
-    return int(canonical.digest([seed, key, purpose])[:13], 16) / 16**13
+def _choose_captions(sample: ShardSample, rules: SamplingRules) -> tuple[dict[int, str], tuple[Excluded, ...]]:
+    """The captions to encode, by number; and those that are left out because they cannot be used."""
+    captions: Sequence[str] = sample.metadata["captions"]
+    if rules.caption == "first":
+        return {0: _usable(captions[0] if captions else None)}, ()
+    usable, unusable = _usable_captions(sample.key, captions)
+    if rules.caption == "all":
+        return usable, unusable
+    number = int(uniform(rules.seed, sample.key, "caption") * len(usable))
+    return {0: list(usable.values())[number]}, unusable
 
 
-def frame_indices(num_frames: int, *, fps: float, train_fps: float, limit: int) -> list[int]:
-    """The source frames FastVideo takes: every ``fps / train_fps``-th, rounded down, from the first.
+def _plan_rows(key: str, name: str, captions: Mapping[int, str], rules: SamplingRules) -> tuple[RowPlan, ...]:
+    rows = []
+    for number, caption in captions.items():
+        suffix = f"@{number:02d}" if number else ""
+        prompt = caption
+        if rules.training_cfg_rate and uniform(rules.seed, key + suffix, "guidance") < rules.training_cfg_rate:
+            prompt = ""
+        rows.append(RowPlan(key=key + suffix, id=name + suffix, caption=caption, prompt=prompt))
+    return tuple(rows)
 
-    Where the source is slower than ``train_fps``, frames repeat.
-    """
-    chosen = np.arange(0, num_frames, fps / train_fps).astype(int)[:limit]
-    return [int(index) for index in chosen]
+
+def _choose_size(sample: ShardSample, video: ResampledVideo, rules: SamplingRules) -> Bucket:
+    """The bucket of a clip; a shorter clip than any bucket's where ``drop_short_ratio`` lets one through."""
+    metadata = sample.metadata
+    height, width = metadata["height"], metadata["width"]
+    bucket = choose_bucket(rules.sizes, height=height, width=width, num_frames=video.length)
+    if rules.max_upscale is not None and (factor := upscaling(bucket, height=height, width=width)) > rules.max_upscale:
+        raise _Drop("upscale", f"{height}x{width} pixels would be enlarged {factor:.2f} times for {bucket}")
+    if video.length >= bucket.num_frames:
+        return bucket
+    if video.length and rules.drop_short_ratio <= uniform(rules.seed, sample.key, "short"):
+        return dataclasses.replace(bucket, num_frames=(video.length - 1) // rules.frame_step * rules.frame_step + 1)
+    raise _Drop(
+        "too_short",
+        f"{video.length} frames at {rules.train_fps:g} fps, {bucket.num_frames} are wanted "
+        f"({metadata['num_frames']} frames at {metadata['fps']:g} fps)",
+    )
 
 
 class _Drop(Exception):
@@ -274,7 +335,7 @@ def _declared_or_probed(metadata: Any) -> tuple[float, int]:
     return declared_fps, int(declared_frames)
 
 
-def _usable_captions(key: str, captions: Sequence[str]) -> tuple[dict[int, str], list[Excluded]]:
+def _usable_captions(key: str, captions: Sequence[str]) -> tuple[dict[int, str], tuple[Excluded, ...]]:
     """A sample's captions by number, without those that cannot be used, and those."""
     usable: dict[int, str] = {}
     problems: dict[int, _Drop] = {}
@@ -285,10 +346,10 @@ def _usable_captions(key: str, captions: Sequence[str]) -> tuple[dict[int, str],
             problems[number] = drop
     if not usable:
         raise next(iter(problems.values()), _Drop("empty_caption", "no caption"))
-    return usable, [
+    return usable, tuple(
         Excluded(key=f"{key}@{number:02d}", reason=drop.reason, message=drop.message)
         for number, drop in problems.items()
-    ]
+    )
 
 
 def _usable(caption: str | None) -> str:
@@ -307,16 +368,3 @@ def _check_length(duration_seconds: float, rules: SamplingRules) -> None:
     longest = rules.video_length_tolerance_range * rules.num_frames / rules.train_fps * rules.speed_factor
     if duration_seconds > longest:
         raise _Drop("too_long", f"{duration_seconds:.2f} s, at most {longest:.2f} s are allowed")
-
-
-def _choose_frames(
-    metadata: Any, *, fps: float, num_frames: int, rules: SamplingRules
-) -> tuple[tuple[int, ...] | None, tuple[float, ...]]:
-    """(frame numbers or None for a variable frame rate, presentation times in seconds)."""
-    start = metadata["start_seconds"]
-    if metadata["variable_frame_rate"]:
-        available = int(np.ceil(metadata["duration_seconds"] * rules.train_fps - 1e-6))
-        return None, tuple(start + k / rules.train_fps for k in range(min(available, rules.num_frames)))
-    indices = frame_indices(num_frames, fps=fps, train_fps=rules.train_fps, limit=rules.num_frames)
-    indices = [index for index in indices if index < metadata["num_frames"]]
-    return tuple(indices), tuple(start + index / metadata["fps"] for index in indices)

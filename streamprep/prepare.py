@@ -6,17 +6,20 @@ Only indexes and configs are read; no tar is opened, no weight loaded.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from streamprep import canonical, job, plugins
-from streamprep.config import EncodeConfig
+from streamprep.buckets import parse_buckets
+from streamprep.config import EncodeConfig, EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import BAD_REASONS, UserError
 from streamprep.job import Fingerprint, JobPlan, Unit
-from streamprep.manifest import Manifest, load_index, load_manifest, read_index
-from streamprep.plan import DROP_REASONS, SamplingRules, UnitPlan, plan_unit
+from streamprep.manifest import Manifest, ShardInfo, load_index, load_manifest, read_index
+from streamprep.plan import DROP_REASONS, SamplingRules, UnitPlan, plan_unit, where_of
 from streamprep.progress import count, size
+from streamprep.shards import ShardIndex
 from streamprep.storage import Store
 
 
@@ -26,9 +29,11 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
     Raises:
         UserError: if nothing would be encoded, the exporter cannot hold it, or the disk is too small.
     """
-    exporter = load_exporter(config)
-    manifest = load_manifest(shards)
-    units = _plan_units(shards, manifest, rules_of(config), config.max_samples)
+    exporter, manifest, rules = load_exporter(config), load_manifest(shards), rules_of(config, contract)
+    units, reasons = [], Counter[str]()
+    for shard in plan_shards(shards, manifest, rules, config.max_samples):
+        units.append(_unit(shard, contract))
+        reasons.update(item.reason for item in shard.plan.dropped + shard.plan.bad)
     plan = JobPlan(
         shards=shards.url,
         fingerprint=fingerprint(config, contract, manifest),
@@ -39,23 +44,54 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
         versions=job.installed_versions(),
     )
     if not plan.num_clips:
+        why = "; ".join(f"{n} {reason} ({(DROP_REASONS | BAD_REASONS)[reason]})" for reason, n in reasons.most_common())
+        raise UserError(f"{shards.url}: none of {count(manifest.num_samples, 'sample')} would be encoded: {why}")
+    if plan.size_bytes > out.free_bytes():
         raise UserError(
-            f"{shards.url}: none of {count(manifest.num_samples, 'sample')} would be encoded: "
-            f"{_why(shards, manifest, rules_of(config))}"
+            f"{out.url} has {size(out.free_bytes())} free, the output needs more than {size(plan.size_bytes)}"
         )
-    if (needed := size_bytes(plan, config, contract)) > out.free_bytes():
-        raise UserError(f"{out.url} has {size(out.free_bytes())} free, the output needs more than {size(needed)}")
     return plan
 
 
-def load_exporter(config: EncodeConfig) -> Any:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedShard:
+    """One shard, and what is decided about it."""
+
+    info: ShardInfo
+    index: ShardIndex
+    plan: UnitPlan
+    limit: int | None
+    """The number of clips that has cut it short, None if nothing has."""
+
+
+def plan_shards(
+    shards: Store, manifest: Manifest, rules: SamplingRules, max_samples: int | None
+) -> Iterator[PlannedShard]:
+    """Decide about every shard, in the manifest's order.
+
+    Raises:
+        UserError: if ``rules.where`` names a column that no sample has.
+    """
+    left = max_samples
+    for number, info in enumerate(manifest.shards):
+        if left == 0:
+            break
+        index = load_index(shards, info)
+        plan = plan_unit(f"{number:06d}", index, rules, limit=left)
+        yield PlannedShard(info=info, index=index, plan=plan, limit=left if len(plan.samples) == left else None)
+        left = None if left is None else left - len(plan.samples)
+    if rules.where:
+        where_of(rules).check_known()
+
+
+def load_exporter(config: EncodeSettings) -> Any:
     """The exporter's module.
 
     Raises:
         UserError: if there is none of that name, or it cannot hold what is asked for.
     """
     exporter = plugins.load("streamprep.exporters", config.exporter)
-    for name in ("FOLDER", "WORKLOADS", "POSTERIORS", "read_file"):
+    for name in ("FOLDER", "WORKLOADS", "POSTERIORS", "DTYPES", "read_file"):
         if not hasattr(exporter, name):
             raise UserError(
                 f"the exporter {config.exporter} lacks {name}: see CONTRIBUTING.md, Adding an output format"
@@ -69,60 +105,73 @@ def load_exporter(config: EncodeConfig) -> Any:
     return exporter
 
 
-def size_bytes(plan: JobPlan, config: EncodeConfig, contract: LatentContract) -> int:
-    """Of the planned output without its text embeddings, whose lengths nobody knows yet."""
-    return plan.num_rows * contract.row_bytes(
-        num_frames=config.num_frames, height=config.max_height, width=config.max_width
-    )
-
-
-def replan(shards: Store, unit: Unit, config: EncodeConfig) -> UnitPlan:
+def replan(shards: Store, unit: Unit, rules: SamplingRules) -> UnitPlan:
     """The decisions about one unit, which follow from its index again and again."""
     index = read_index(shards, unit.shard, sha256=unit.index_sha256)
-    plan = plan_unit(unit.id, index, rules_of(config), limit=unit.limit)
+    plan = plan_unit(unit.id, index, rules, limit=unit.limit)
     assert job.keys_digest(row.key for row in plan.rows) == unit.rows_sha256, f"unit {unit.id} is planned otherwise"
     return plan
 
 
-def _plan_units(shards: Store, manifest: Manifest, rules: SamplingRules, max_samples: int | None) -> list[Unit]:
-    units, left = [], max_samples
-    for number, info in enumerate(manifest.shards):
-        if left == 0:
-            break
-        unit = plan_unit(f"{number:06d}", load_index(shards, info), rules, limit=left)
-        num_clips, keys = len(unit.samples), [row.key for row in unit.rows]
-        cut = left is not None and num_clips == left
-        units.append(
-            Unit(
-                id=unit.id,
-                shard=info.name,
-                index_sha256=info.index_sha256,
-                num_clips=num_clips,
-                num_dropped=len(unit.dropped),
-                num_bad=len(unit.bad),
-                limit=left if cut else None,
-                num_rows=len(keys),
-                rows_sha256=job.keys_digest(keys),
-            )
+def _unit(shard: PlannedShard, contract: LatentContract) -> Unit:
+    plan = shard.plan
+    keys = [row.key for row in plan.rows]
+    num_bytes = 0
+    for clip in plan.clips:
+        bucket = clip.bucket
+        one = contract.row_bytes(num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
+        num_bytes += one * len(clip.rows)
+    return Unit(
+        id=plan.id,
+        shard=shard.info.name,
+        index_sha256=shard.info.index_sha256,
+        num_clips=len(plan.samples),
+        num_rows=len(keys),
+        num_dropped=len(plan.dropped),
+        num_bad=len(plan.bad),
+        size_bytes=num_bytes,
+        limit=shard.limit,
+        rows_sha256=job.keys_digest(keys),
+    )
+
+
+def rules_of(config: EncodeSettings, contract: LatentContract) -> SamplingRules:
+    """What the settings say about choosing clips and captions.
+
+    Raises:
+        UserError: if a size is one that the model cannot encode whole, or the expression of ``--where`` is none.
+    """
+    video = contract.video
+    given = {rule.name: getattr(config, rule.name) for rule in fields(SamplingRules) if hasattr(config, rule.name)}
+    if config.do_temporal_sample:
+        given["window"] = "random"
+    if video is not None:
+        given["frame_step"] = video.temporal_factor
+        given["buckets"] = parse_buckets(
+            config.buckets,
+            height=config.max_height,
+            width=config.max_width,
+            num_frames=config.num_frames,
+            multiple=video.spatial_multiple,
         )
-        left = None if left is None else left - num_clips
-    return units
-
-
-def rules_of(config: EncodeConfig) -> SamplingRules:
-    """What the settings say about choosing clips and captions."""
-    names = [rule.name for rule in fields(SamplingRules)]
-    return SamplingRules(**{name: getattr(config, name) for name in names})
+        for bucket in given["buckets"]:
+            contract.check_geometry(height=bucket.height, width=bucket.width, num_frames=bucket.num_frames)
+    else:
+        given["buckets"] = ()
+    rules = SamplingRules(**given)
+    if rules.where:
+        where_of(rules)
+    return rules
 
 
 def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manifest) -> Fingerprint:
     """Everything that decides the output's bytes."""
     c = contract.to_json()
-    rules = asdict(rules_of(config))
+    rules = asdict(rules_of(config, contract))
     captions = {name: rules.pop(name) for name in ("caption", "training_cfg_rate")}
     video = c["video"]
     if video is None:
-        sampling = {name: rules[name] for name in ("workload_type", "seed")}
+        sampling = {name: rules[name] for name in ("workload_type", "where", "seed")}
     else:
         video |= {"preprocess_video_batch_size": config.preprocess_video_batch_size}
         sampling = rules | {"video_loader_type": config.video_loader_type}
@@ -150,13 +199,3 @@ def _device(config: EncodeConfig) -> dict[str, Any]:
     if config.device == "cpu":
         return {"device": "cpu", "encode_threads": config.encode_threads}
     return {"device": "cuda"}
-
-
-def _why(shards: Store, manifest: Manifest, rules: SamplingRules) -> str:
-    reasons: Counter[str] = Counter()
-    for number, info in enumerate(manifest.shards):
-        unit = plan_unit(f"{number:06d}", load_index(shards, info), rules)
-        reasons.update(
-            f"{item.reason} ({(DROP_REASONS | BAD_REASONS)[item.reason]})" for item in unit.dropped + unit.bad
-        )
-    return "; ".join(f"{number} {reason}" for reason, number in reasons.most_common())

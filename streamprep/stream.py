@@ -96,11 +96,10 @@ class ClipStream(torch.utils.data.IterableDataset[Clip]):
         if worker is not None:
             yield from self._clips(store, units, InlineDecoder())
             return
-        shape = (self._rules.num_frames, 3, self._rules.max_height, self._rules.max_width)
         with DecodePool(
             num_workers=self._num_workers,
             num_slots=2 * self._num_workers,
-            slot_bytes=shape[0] * shape[1] * shape[2] * shape[3],
+            slot_bytes=max(3 * one.num_frames * one.height * one.width for one in self._rules.sizes),
             timeout_seconds=self._timeout_seconds,
             memory_bytes=self._memory_bytes,
         ) as pool:

@@ -11,6 +11,7 @@ from streamprep.config import (
     EncodeSettings,
     FinalizeConfig,
     PackConfig,
+    PlanConfig,
     RunConfig,
     StatusConfig,
     VerifyConfig,
@@ -33,6 +34,21 @@ def pack(config: PackConfig) -> int:
         f"{count(manifest.num_samples, 'video')}, {count(len(manifest.shards), 'shard')}, "
         f"{size(manifest.size_bytes)} in {config.shards}"
     )
+    return 0
+
+
+def plan(config: PlanConfig) -> int:
+    """Print what would be encoded."""
+    from streamprep import forecast
+    from streamprep.encode import describe_model
+    from streamprep.prepare import load_exporter
+
+    load_exporter(config)
+    contract = describe_model(config)
+    result = forecast.forecast(open_store(config.shards), config, contract, with_decisions=config.out is not None)
+    if config.out is not None:
+        forecast.write_table(result, config.out)
+    print("\n".join(forecast.describe(result, config, contract)))
     return 0
 
 

@@ -22,7 +22,7 @@ def make_options(**changes: Any) -> EncodeOptions:
         "clean_captions": True,
         "text_batch_size": 8,
         "offload_text_encoder": False,
-        "full_digest": False,
+        "digest": "ends",
     }
     return EncodeOptions(**defaults | changes)
 

@@ -26,7 +26,7 @@ from torchcodec.decoders import VideoDecoder
 from streamprep import decode
 from streamprep.decode import center_crop_box, crop_and_resize, decode_clip
 from streamprep.errors import BadSample
-from streamprep.plan import SamplingRules, plan_clip
+from streamprep.plan import SamplingRules, plan_clips
 from streamprep.probe import probe_video
 from streamprep.shards import Member, ShardSample
 from streamprep.types import DecodeRequest
@@ -144,7 +144,7 @@ def make_request(video: bytes, **changes: Any) -> DecodeRequest:
     metadata |= dataclasses.asdict(probe_video(io.BytesIO(video)))
     member = Member(offset=0, size=len(video), sha256=metadata["sha256"])
     sample = ShardSample(key="a", members={"mp4": member}, metadata=metadata)
-    return plan_clip(sample, SamplingRules(**defaults | changes)).request
+    return plan_clips(sample, SamplingRules(**defaults | changes))[0].request
 
 
 def pyav_frames(video: bytes) -> tuple[list[float], list[int]]:

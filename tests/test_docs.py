@@ -29,7 +29,7 @@ def test_every_verb_is_in_the_readme(readme):
         assert re.search(rf"`?streamprep {verb}\b", readme) or f"`{verb}`" in readme, verb
 
 
-@pytest.mark.parametrize("settings", [config.PackConfig, config.RunConfig, config.EncodeConfig])
+@pytest.mark.parametrize("settings", [config.PackConfig, config.PlanConfig, config.RunConfig, config.EncodeConfig])
 def test_every_flag_is_in_the_readme(readme, settings):
     positional = {"dataset", "shards", "out"}
     for field in dataclasses.fields(settings):

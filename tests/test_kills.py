@@ -229,7 +229,7 @@ def test_a_decoding_process_that_is_killed_or_stands_still_costs_no_sample(
         ({"num_frames": 9}, ["sampling.num_frames: 5 there, 9 now"]),
         ({"clean_captions": False}, ["text.captions_cleaned: True there, False now"]),
         ({"samples_per_file": 3}, ["export.samples_per_file: 2 there, 3 now"]),
-        ({"model_path": "another"}, ["text.text_sha256: ", "video.vae_sha256: "]),
+        ({"model_path": "another"}, ["text.sha256: ", "video.sha256: "]),
         ({"shards": "others"}, ["inputs.num_shards: 4 there, 7 now", "inputs.shards_sha256: "]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

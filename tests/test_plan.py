@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamprep.errors import BAD_REASONS
-from streamprep.plan import DROP_REASONS, Excluded, SamplingRules, UnitPlan, frame_indices, plan_clip, plan_unit
+from streamprep.plan import DROP_REASONS, Excluded, SamplingRules, UnitPlan, plan_clips, plan_unit
+from streamprep.sampling import resample
 from streamprep.shards import Member, ShardIndex, ShardSample
 from streamprep.types import VideoInfo
 
@@ -19,6 +20,9 @@ RATES = st.one_of(
     st.sampled_from([24.0, 25.0, 30.0, 60.0, 24000 / 1001, 30000 / 1001, 16.0, 15.0, 12.0, 119.88]),
     st.floats(min_value=0.5, max_value=240.0),
 )
+
+
+PROBED = {"variable_frame_rate": False, "start_seconds": 0.0, "duration_seconds": 2.0}
 
 
 def make_rules(**changes: Any) -> SamplingRules:
@@ -93,9 +97,12 @@ def excluded(sample: ShardSample, **rules: Any) -> Excluded:
 
 @given(num_frames=st.integers(1, 3000), fps=RATES, train_fps=RATES, limit=st.integers(1, 200))
 def test_frames_are_those_fastvideo_takes(num_frames: int, fps: float, train_fps: float, limit: int) -> None:
-    taken = frame_indices(num_frames, fps=fps, train_fps=train_fps, limit=limit)
-    assert taken == np.arange(0, num_frames, fps / train_fps).astype(int)[:limit].tolist()
-    assert all(isinstance(index, int) for index in taken)
+    video = resample(
+        {**PROBED, "num_frames": num_frames, "fps": fps}, fps=fps, num_frames=num_frames, train_fps=train_fps
+    )
+    taken, _ = video.window(0, min(limit, video.length))
+    assert taken == tuple(np.arange(0, num_frames, fps / train_fps).astype(int)[:limit].tolist())
+    assert all(type(index) is int for index in taken)
 
 
 @given(
@@ -243,7 +250,8 @@ def test_a_caption_that_is_no_text_is_dropped() -> None:
 
 def test_a_caption_is_kept_as_it_is() -> None:
     caption = "  Caf\u00e9 &amp; \U0001f3ac\n  "
-    assert plan_clip(make_sample(captions=(caption,)), make_rules()).rows[0].caption == caption
+    (clip,) = plan_clips(make_sample(captions=(caption,)), make_rules())
+    assert clip.rows[0].caption == caption
 
 
 # Units

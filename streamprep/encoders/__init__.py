@@ -39,8 +39,8 @@ class EncodeOptions:
     text_batch_size: int
     """Captions at once."""
     offload_text_encoder: bool
-    full_digest: bool
-    """Whether the contract's digests are of all bytes of the weights."""
+    digest: str
+    """Of the weights, in the contract: ``ends`` of every tensor, ``full``, or ``none``: then nothing is downloaded."""
 
 
 class Encoder(Protocol):

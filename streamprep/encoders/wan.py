@@ -55,7 +55,8 @@ def load_encoder(model: ModelFolder, options: EncodeOptions) -> WanEncoder:
     components = ["text_encoder", "tokenizer"]
     components += ["vae"] if options.workload != "text" else []
     components += ["image_encoder", "image_processor"] if with_image else []
-    model.fetch(components)
+    if options.digest != "none":
+        model.fetch(components)
     names = [
         "vae_latent" if options.workload != "text" else "",
         "vae_logvar" if options.workload != "text" and options.posterior == "moments" else "",
@@ -162,7 +163,7 @@ def _video_contract(model: ModelFolder, options: EncodeOptions, *, has_condition
         vae_class="AutoencoderKLWan",
         dtype=options.vae_dtype,
         tf32=options.allow_tf32,
-        sha256=component_digest(model.path / "vae", full=options.full_digest),
+        sha256=_digest(model, ("vae",), options),
         posterior=options.posterior,
         space="raw",
         conditioning_space="normalised" if has_conditioning else None,
@@ -223,7 +224,10 @@ def _image_contract(model: ModelFolder, options: EncodeOptions) -> ImageContract
 
 def _digest(model: ModelFolder, components: Sequence[str], options: EncodeOptions) -> str:
     """Of several components together."""
-    return canonical.digest([component_digest(model.path / name, full=options.full_digest) for name in components])
+    if options.digest == "none":
+        return "not taken"
+    full = options.digest == "full"
+    return canonical.digest([component_digest(model.path / name, full=full) for name in components])
 
 
 def _numbers(model: ModelFolder, name: str, *, count: int, above: float) -> tuple[float, ...]:
