@@ -18,7 +18,7 @@ import numpy as np
 
 from streamprep.errors import BadSample
 from streamprep.shards import Member, ShardIndex, ShardSample
-from streamprep.types import DecodeRequest
+from streamprep.types import DecodeRequest, VideoLoader
 
 DROP_REASONS = {
     "empty_caption": "it has no caption, or an empty one",
@@ -42,6 +42,7 @@ class SamplingRules:
     video_length_tolerance_range: float | None
     speed_factor: float
     max_pixels: int
+    video_loader_type: VideoLoader = "torchcodec"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,7 @@ def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
             height=rules.max_height,
             width=rules.max_width,
             max_pixels=rules.max_pixels,
+            loader=rules.video_loader_type,
         ),
     )
 
