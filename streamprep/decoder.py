@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamprep.decode import decode_into
-from streamprep.errors import BadSample
+from streamprep.errors import BadSample, first_line
 from streamprep.types import DecodeRequest
 
 
@@ -100,6 +100,8 @@ class InlineDecoder:
                 decoder = decode_into(frames, task.video, task.request)
             except BadSample as error:
                 frames, bad = None, error
+            except MemoryError as error:  # FFmpeg's, nearly always: the file claims a table of more than 2 GB
+                frames, bad = None, BadSample("decoder_memory", first_line(error))
             seconds = time.monotonic() - began
             self.stats.decode_seconds += seconds
             self.stats.sequential += decoder == "sequential"

@@ -21,6 +21,7 @@ from streamprep.types import DecodeRequest, VideoInfo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
     from torch import Tensor
 
 IMAGE_FORMATS = {"png": "PNG", "mjpeg": "JPEG", "webp": "WEBP"}
@@ -106,19 +107,34 @@ def decode_image(data: bytes | memoryview, image_format: str, request: DecodeReq
 @contextmanager
 def _open_image(file: BinaryIO, image_format: str) -> Iterator[Image]:
     """Open an image; whatever Pillow makes of broken bytes, then and in the block, is an `ImageError`."""
-    from PIL import Image
-
     file.seek(0)
     try:
-        with Image.open(file, formats=[IMAGE_FORMATS[image_format]]) as image:
+        with _reader(image_format)(file) as image:
             num_frames = getattr(image, "n_frames", 1)
-            if num_frames > 1 and image.format != "MPO":  # a phone's JPEG with a second view
+            if num_frames > 1:
                 raise ImageError(f"an animation of {num_frames} frames; make it a video or one image")
             yield image
     except (BadSample, ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise nearly anything: struct.error, KeyError, SyntaxError, ...
         raise ImageError(f"Pillow cannot read this {IMAGE_FORMATS[image_format]} file: {first_line(error)}") from error
+
+
+def _reader(image_format: str) -> type[ImageFile]:
+    """Not ``Image.open``, which has a limit of pixels of its own, for all of the process."""
+    match image_format:
+        case "png":
+            from PIL.PngImagePlugin import PngImageFile
+
+            return PngImageFile
+        case "mjpeg":
+            from PIL.JpegImagePlugin import JpegImageFile
+
+            return JpegImageFile
+        case _:
+            from PIL.WebPImagePlugin import WebPImageFile
+
+            return WebPImageFile
 
 
 def _orientation(image: Image) -> int:

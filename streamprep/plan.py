@@ -120,9 +120,12 @@ def plan_clip(sample: ShardSample, rules: SamplingRules) -> ClipPlan:
     metadata = sample.metadata
     if "probe_error" in metadata:
         raise BadSample("probe_failed", metadata["probe_error"], stage="plan")
+    _check_size(metadata, rules)
     fps, num_frames = _declared_or_probed(metadata)
     caption = _first_caption(metadata["captions"])
     _check_length(num_frames / fps, rules)
+    if metadata["num_frames"] == 1 and rules.num_frames > 1:  # at a rate below `train_fps` it would be taken again
+        raise _Drop("too_short", f"one frame, an image perhaps; {rules.num_frames} are wanted")
     indices, timestamps = _choose_frames(metadata, fps=fps, num_frames=num_frames, rules=rules)
     if len(timestamps) < rules.num_frames:
         raise _Drop(
@@ -163,6 +166,16 @@ class _Drop(Exception):
         assert reason in DROP_REASONS, reason
         super().__init__(f"{reason}: {message}")
         self.reason, self.message = reason, message
+
+
+def _check_size(metadata: Any, rules: SamplingRules) -> None:
+    width, height = metadata["width"], metadata["height"]
+    if width * height > rules.max_pixels:
+        raise BadSample(
+            "too_large",
+            f"frames of {width}x{height} pixels, more than the {rules.max_pixels} of --max-pixels",
+            stage="plan",
+        )
 
 
 def _declared_or_probed(metadata: Any) -> tuple[float, int]:
