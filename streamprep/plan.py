@@ -24,7 +24,7 @@ from streamprep.buckets import Bucket, choose_bucket, upscaling
 from streamprep.errors import BadSample
 from streamprep.sampling import ResampledVideo, resample, uniform, window_starts
 from streamprep.shards import Member, ShardIndex, ShardSample
-from streamprep.types import DecodeRequest
+from streamprep.types import DecodeRequest, VideoLoader
 from streamprep.where import Where
 
 DROP_REASONS = {
@@ -72,6 +72,7 @@ class SamplingRules:
     max_upscale: float | None = None
     frame_step: int = 4
     """The model's: clips have ``frame_step * k + 1`` frames."""
+    video_loader_type: VideoLoader = "torchcodec"
     seed: int = 42
     """With the key, it decides what is random."""
 
@@ -235,6 +236,7 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
         raise _Drop("no_video", DROP_REASONS["no_video"])
     if "probe_error" in metadata:
         raise BadSample("probe_failed", metadata["probe_error"], stage="plan")
+    _check_size(metadata, rules)
     fps, num_frames = _declared_or_probed(metadata)
     captions, unusable = _choose_captions(sample, rules)
     _check_length(num_frames / fps, rules)
@@ -268,6 +270,7 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
                     height=bucket.height,
                     width=bucket.width,
                     max_pixels=rules.max_pixels,
+                    loader=rules.video_loader_type,
                 ),
             )
         )
@@ -320,6 +323,16 @@ class _Drop(Exception):
         assert reason in DROP_REASONS, reason
         super().__init__(f"{reason}: {message}")
         self.reason, self.message = reason, message
+
+
+def _check_size(metadata: Any, rules: SamplingRules) -> None:
+    width, height = metadata["width"], metadata["height"]
+    if width * height > rules.max_pixels:
+        raise BadSample(
+            "too_large",
+            f"frames of {width}x{height} pixels, more than the {rules.max_pixels} of --max-pixels",
+            stage="plan",
+        )
 
 
 def _declared_or_probed(metadata: Any) -> tuple[float, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,10 @@ class RawSample:
     """Further columns, kept as they are."""
 
 
+VideoLoader = Literal["torchcodec", "pyav"]
+"""How frames are decoded: FastVideo's pixels bit for bit, or faster and nearly those."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRequest:
     """Which frames of a video, and how large."""
@@ -82,6 +86,7 @@ class DecodeRequest:
     width: int
     max_pixels: int
     """Larger source frames are refused before one is decoded."""
+    loader: VideoLoader = "torchcodec"
 
     def __post_init__(self) -> None:
         if self.indices is not None and len(self.indices) != len(self.timestamps):

@@ -92,6 +92,20 @@ def excluded(sample: ShardSample, **rules: Any) -> Excluded:
     return only
 
 
+def test_frames_of_too_many_pixels_are_bad_before_a_byte_is_read() -> None:
+    assert plan_one(make_sample(), max_pixels=320 * 180).clips
+    sample = excluded(make_sample(), max_pixels=320 * 180 - 1)
+    assert sample.reason == "too_large"
+    assert sample.message == "frames of 320x180 pixels, more than the 57599 of --max-pixels"
+
+
+def test_a_single_frame_is_never_repeated_to_a_clip() -> None:
+    image = make_sample(num_frames=1, fps=1.0, codec="png")
+    assert excluded(image, num_frames=5).reason == "too_short"
+    (clip,) = plan_one(image, num_frames=1).clips
+    assert clip.request.indices == (0,)
+
+
 # Which frames
 
 
