@@ -65,7 +65,7 @@ def test_every_tiny_model_there_is_is_tested_here() -> None:
 def test_a_variant_is_told_by_its_configs_alone(
     variant: str, workload: str, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    """No weight is there, of the VAE and the encoders only as many bytes as a digest needs."""
+    """No weights are there."""
     model = shutil.copytree(
         tiny_models(variant), tmp_path / "model", ignore=lambda _, names: [n for n in names if n.endswith("safetensors")]
     )
