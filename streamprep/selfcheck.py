@@ -82,9 +82,9 @@ def _check_text(encoder: Encoder, contract: LatentContract) -> None:
         if embedding.ndim != 2 or embedding.shape[1] != contract.text.dim or len(embedding) < 2:
             raise refuse(f"is of shape {tuple(embedding.shape)}", f"(L, {contract.text.dim})")
     _check_values(refuse, [short, long])
-    if _distance(short.mean(0), long.mean(0)) < _OTHER:
+    if not _distance(short.mean(0), long.mean(0)) >= _OTHER:
         raise refuse("is the same for two prompts", "one that depends on the prompt")
-    if short.shape != alone.shape or _distance(short, alone) > _SAME:
+    if short.shape != alone.shape or not _distance(short, alone) <= _SAME:  # NaN is not
         raise refuse("changes with the other prompts of its batch", "one that does not")
 
 
@@ -98,7 +98,7 @@ def _check_clips(encoder: Encoder, contract: LatentContract, video: VideoContrac
             if tuple(tensor.shape) != shape:
                 raise refuse(f"is of shape {tuple(tensor.shape)}", f"{shape}")
         _check_values(refuse, tensors)
-        if _distance(*tensors) < _OTHER:
+        if not _distance(*tensors) >= _OTHER:
             raise refuse("is the same for two clips", "one that depends on the picture")
     for number, clip in enumerate(clips):
         try:
