@@ -34,6 +34,15 @@ WORKLOADS = tuple(TENSORS)
 POSTERIORS = ("mean",)
 DTYPES = ("float32",)
 """What tensors can be stored as."""
+_ARROW = {
+    "bool": pa.bool_(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "string": pa.string(),
+    "json": pa.string(),
+}
+"""What further columns can be, and what they are here."""
+_OF_TENSORS = ("_bytes", "_shape", "_dtype")
 _MAY_BE_EMPTY = ("clip_feature", "first_frame_latent", "pil_image")
 """What not every image-to-video model takes, and a picture that no trainer reads as it should (FastVideo's own reader
 takes its uint8 for float32): their columns are there, with no bytes, as FastVideo writes them."""
@@ -65,8 +74,26 @@ def schema(workload: str) -> pa.Schema:
     return pa.schema([pa.field("id", pa.string()), *triplets, *metadata])
 
 
+def column_problem(name: str, *, workload: str) -> str | None:
+    """Why a further column cannot be called so, None if it can.
+
+    FastVideo's readers take tensors and metadata by the names of their own schema and pass over other columns.
+    """
+    if name in schema(workload).names:
+        return "is a column of FastVideo's own"
+    if name.endswith(_OF_TENSORS):
+        return f"ends as the columns of tensors do ({', '.join(_OF_TENSORS)})"
+    return None
+
+
 def open_shard(
-    store: Store, name: str, *, workload: str, samples_per_file: int, contract: Mapping[str, Any]
+    store: Store,
+    name: str,
+    *,
+    workload: str,
+    samples_per_file: int,
+    contract: Mapping[str, Any],
+    columns: Mapping[str, str] | None = None,
 ) -> FastVideoWriter:
     """A writer of one unit.
 
@@ -76,19 +103,21 @@ def open_shard(
         workload: Which schema.
         samples_per_file: Most rows in a file; a file also ends at 512 MB.
         contract: Goes into every file's metadata.
+        columns: Further columns, after the schema's own, and their types.
     """
-    return FastVideoWriter(store, name, workload=workload, samples_per_file=samples_per_file, contract=contract)
+    further = [pa.field(name, _ARROW[kind]) for name, kind in (columns or {}).items()]
+    whole = pa.schema([*schema(workload), *further], {"streamprep.contract": canonical.to_json(contract)})
+    return FastVideoWriter(store, name, TENSORS[workload], whole, samples_per_file=samples_per_file)
 
 
 class FastVideoWriter:
     """Writes samples as rows, a file at a time; nothing is visible before `close`."""
 
     def __init__(
-        self, store: Store, name: str, *, workload: str, samples_per_file: int, contract: Mapping[str, Any]
+        self, store: Store, name: str, tensor_names: tuple[str, ...], file_schema: pa.Schema, *, samples_per_file: int
     ) -> None:
         self._store, self._name, self._samples_per_file = store, name, samples_per_file
-        self._tensor_names = TENSORS[workload]
-        self._schema = schema(workload).with_metadata({"streamprep.contract": canonical.to_json(contract)})
+        self._tensor_names, self._schema = tensor_names, file_schema
         self._pending = ExitStack()
         self._open: _OpenFile | None = None
         self._finished: list[tuple[PendingFile, WrittenFile]] = []
@@ -186,7 +215,8 @@ class _OpenFile:
 
 
 def _row(sample: EncodedSample, arrays: Mapping[str, np.ndarray[Any, Any]], row_schema: pa.Schema) -> pa.Table:
-    columns: dict[str, Any] = {"id": [sample.id], "file_name": [sample.file_name], "caption": [sample.caption]}
+    columns: dict[str, Any] = {name: [value] for name, value in sample.columns.items()}
+    columns |= {"id": [sample.id], "file_name": [sample.file_name], "caption": [sample.caption]}
     if (clip := sample.clip) is not None:
         columns |= {
             "media_type": ["video"],

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
+from streamprep.columns import parse_names
 from streamprep.errors import UserError
 
 TEXT_DTYPES = ("auto", "float32", "bfloat16")
@@ -97,6 +98,8 @@ class EncodeSettings:
     """Clean captions as the model's pipeline does (ftfy, HTML entities, white space). FastVideo does not."""
     negative_prompt: str = ""
     """Also encode this prompt, beside the empty one, for guidance."""
+    keep_columns: str | None = None
+    """Further columns of the dataset to put into the output: names separated by commas, or all."""
     exporter: str = "fastvideo"
     """Output format."""
     samples_per_file: int = 64
@@ -166,6 +169,8 @@ class EncodeSettings:
             _at_least(1, max_samples=self.max_samples)
         if self.window_stride is not None:
             _at_least(1, window_stride=self.window_stride)
+        if self.keep_columns is not None:
+            parse_names(self.keep_columns)
         _at_least(0, drop_short_ratio=self.drop_short_ratio)
         _at_most(1, drop_short_ratio=self.drop_short_ratio)
         self._check_windows()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from streamprep import canonical, job
 from streamprep.claims import claim
+from streamprep.columns import keep
 from streamprep.commit import Committer, EncodedBatch, obey_earlier_stop
 from streamprep.config import EncodeConfig, EncodeSettings
 from streamprep.contract import LatentContract
@@ -210,7 +211,8 @@ def _encode_units(
         else:
             collated = _collate(shards, plans, decoder, buffers, batch_size=config.preprocess_video_batch_size)
             batches = pipeline.stage("collate", collated, max_items=1)
-        for batch in pipeline.stage("encode", _encode(batches, encoder, buffers, config), max_items=2):
+        encoded = _encode(batches, encoder, buffers, config, committer.job.plan.columns)
+        for batch in pipeline.stage("encode", encoded, max_items=2):
             committer.take(batch)
             progress.advance(batch.num_samples)
         progress.message(_stage_report(machinery))
@@ -223,6 +225,7 @@ def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardW
         workload=config.workload_type,
         samples_per_file=config.samples_per_file,
         contract=current.plan.contract,
+        columns=current.plan.columns,
     )
 
 
@@ -300,7 +303,11 @@ def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, bad: dict[str, BadSam
 
 
 def _encode(
-    batches: Iterator[DecodedBatch], encoder: Encoder, buffers: FrameBuffers, config: EncodeConfig
+    batches: Iterator[DecodedBatch],
+    encoder: Encoder,
+    buffers: FrameBuffers,
+    config: EncodeConfig,
+    columns: Mapping[str, str],
 ) -> Iterator[EncodedBatch]:
     """Prompts first, then clips."""
     texts: dict[str, Tensor] = {}
@@ -319,7 +326,8 @@ def _encode(
                 try:
                     if sample.key in batch.bad:
                         raise batch.bad[sample.key]
-                    samples.append(_encoded(sample, row, {**video, "text_embedding": texts[row.prompt]}, config))
+                    tensors = {**video, "text_embedding": texts[row.prompt]}
+                    samples.append(_encoded(sample, row, tensors, config, columns))
                 except BadSample as error:
                     bad.append(BadClip(key=row.key, stage=error.stage, reason=error.reason, exception=error.message))
         yield EncodedBatch(
@@ -331,7 +339,9 @@ def _encode(
         )
 
 
-def _encoded(sample: TextPlan, row: RowPlan, tensors: dict[str, Tensor], config: EncodeConfig) -> EncodedSample:
+def _encoded(
+    sample: TextPlan, row: RowPlan, tensors: dict[str, Tensor], config: EncodeConfig, columns: Mapping[str, str]
+) -> EncodedSample:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor.numpy()).all():  # torch's threads would wait for cores that decoding holds: 20x
             raise BadSample("non_finite", f"{name} holds NaN or infinity", stage="encode")
@@ -345,7 +355,13 @@ def _encoded(sample: TextPlan, row: RowPlan, tensors: dict[str, Tensor], config:
             source_fps=sample.source_fps,
         )
     return EncodedSample(
-        key=row.key, id=row.id, tensors=tensors, file_name=sample.file_name, caption=row.caption, clip=clip
+        key=row.key,
+        id=row.id,
+        tensors=tensors,
+        file_name=sample.file_name,
+        caption=row.caption,
+        clip=clip,
+        columns=keep(sample.extra, columns),
     )
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from streamprep import plugins
 from streamprep.buckets import Bucket, cropped_away, upscaling
+from streamprep.columns import ColumnTypes
 from streamprep.config import EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import BAD_REASONS, UserError
 from streamprep.manifest import load_manifest
 from streamprep.plan import DROP_REASONS, ClipPlan, TextPlan, UnitPlan
-from streamprep.prepare import plan_shards, rules_of
+from streamprep.prepare import column_problem, plan_shards, rules_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardSample
 from streamprep.storage import Store
@@ -52,6 +53,8 @@ class Forecast:
     excluded: Counter[str] = field(default_factory=Counter)
     windows: Counter[int] = field(default_factory=Counter)
     """How many videos give how many clips."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The further columns that are kept, and their types."""
     decisions: list[dict[str, Any]] | None = None
     """One for each row of the output and each sample or caption that is left out, if they are asked for."""
 
@@ -69,9 +72,11 @@ def forecast(shards: Store, config: EncodeSettings, contract: LatentContract, *,
         UserError: if the settings, model or shards cannot be used.
     """
     result = Forecast(decisions=[] if with_decisions else None)
-    manifest, rules = load_manifest(shards), rules_of(config, contract)
+    manifest, rules, columns = load_manifest(shards), rules_of(config, contract), ColumnTypes(config.keep_columns)
     for shard in plan_shards(shards, manifest, rules, config.max_samples):
         _add(result, shard.plan, {sample.key: sample for sample in shard.index.samples})
+        columns.see(shard.index.samples)
+    result.columns = columns.types(problem=column_problem(config))
     return result
 
 
@@ -93,6 +98,8 @@ def describe(result: Forecast, config: EncodeSettings, contract: LatentContract)
     reasons = DROP_REASONS | BAD_REASONS
     for reason, number in result.excluded.most_common():
         yield f"{'dropped' if reason in DROP_REASONS else 'bad':9} {number} {reason}: {reasons[reason]}"
+    if result.columns:
+        yield f"columns   {', '.join(f'{name} ({kind})' for name, kind in result.columns.items())}"
     yield from _sizes(result, contract)
 
 

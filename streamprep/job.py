@@ -83,6 +83,8 @@ class JobPlan:
     units: tuple[Unit, ...]
     """Largest first: so the last one to finish is a small one."""
     versions: Mapping[str, str]
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of the dataset's further columns, those that are kept, and their types: see `streamprep.columns`."""
 
     @property
     def num_clips(self) -> int:

@@ -120,6 +120,8 @@ class TextPlan:
     rows: tuple[RowPlan, ...]
     unusable: tuple[Excluded, ...] = ()
     """Captions that are left out, while the sample is not."""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The dataset's further columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +223,7 @@ def plan_text(sample: ShardSample, rules: SamplingRules) -> TextPlan:
     captions, unusable = _choose_captions(sample, rules)
     file_name = sample.metadata["file_name"]
     rows = _plan_rows(sample.key, file_name, captions, rules)
-    return TextPlan(key=sample.key, file_name=file_name, rows=rows, unusable=unusable)
+    return TextPlan(key=sample.key, file_name=file_name, rows=rows, unusable=unusable, extra=sample.metadata["extra"])
 
 
 def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
@@ -260,6 +262,7 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
                 file_name=metadata["file_name"],
                 rows=_plan_rows(sample.key + suffix, metadata["file_name"] + suffix, captions, rules),
                 unusable=unusable,
+                extra=metadata["extra"],
                 video=sample.video,
                 source_fps=float(fps),
                 request=DecodeRequest(

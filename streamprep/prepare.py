@@ -5,13 +5,15 @@ Only indexes and configs are read; no tar is opened, no weight loaded.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from streamprep import canonical, job, plugins
 from streamprep.buckets import parse_buckets
+from streamprep.columns import ColumnTypes
 from streamprep.config import EncodeConfig, EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import BAD_REASONS, UserError
@@ -30,9 +32,10 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
         UserError: if nothing would be encoded, the exporter cannot hold it, or the disk is too small.
     """
     exporter, manifest, rules = load_exporter(config), load_manifest(shards), rules_of(config, contract)
-    units, reasons = [], Counter[str]()
+    units, reasons, columns = [], Counter[str](), ColumnTypes(config.keep_columns)
     for shard in plan_shards(shards, manifest, rules, config.max_samples):
         units.append(_unit(shard, contract))
+        columns.see(shard.index.samples)
         reasons.update(item.reason for item in shard.plan.dropped + shard.plan.bad)
     plan = JobPlan(
         shards=shards.url,
@@ -42,6 +45,7 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
         data_folder=exporter.FOLDER,
         units=tuple(sorted(units, key=lambda unit: (-unit.num_clips, unit.id))),
         versions=job.installed_versions(),
+        columns=columns.types(problem=column_problem(config)),
     )
     if not plan.num_clips:
         why = "; ".join(f"{n} {reason} ({(DROP_REASONS | BAD_REASONS)[reason]})" for reason, n in reasons.most_common())
@@ -91,7 +95,7 @@ def load_exporter(config: EncodeSettings) -> Any:
         UserError: if there is none of that name, or it cannot hold what is asked for.
     """
     exporter = plugins.load("streamprep.exporters", config.exporter)
-    for name in ("FOLDER", "WORKLOADS", "POSTERIORS", "DTYPES", "read_file"):
+    for name in ("FOLDER", "WORKLOADS", "POSTERIORS", "DTYPES", "read_file", "column_problem"):
         if not hasattr(exporter, name):
             raise UserError(
                 f"the exporter {config.exporter} lacks {name}: see CONTRIBUTING.md, Adding an output format"
@@ -103,6 +107,11 @@ def load_exporter(config: EncodeSettings) -> Any:
         if asked not in able:
             raise UserError(f"{flag} {asked}: the exporter {config.exporter} holds only {', '.join(able)}")
     return exporter
+
+
+def column_problem(config: EncodeSettings) -> Callable[[str], str | None]:
+    """What the exporter has against a further column of a name, if anything."""
+    return functools.partial(load_exporter(config).column_problem, workload=config.workload_type)
 
 
 def replan(shards: Store, unit: Unit, rules: SamplingRules) -> UnitPlan:
@@ -186,7 +195,11 @@ def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manife
         },
         "image": c["image"] or {},
         "sampling": sampling | {"max_samples": config.max_samples},
-        "export": {"exporter": config.exporter, "samples_per_file": config.samples_per_file},
+        "export": {
+            "exporter": config.exporter,
+            "samples_per_file": config.samples_per_file,
+            "keep_columns": config.keep_columns,
+        },
         "inputs": {
             "num_shards": len(manifest.shards),
             "shards_sha256": canonical.digest([[shard.name, shard.index_sha256] for shard in manifest.shards]),

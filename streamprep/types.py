@@ -162,6 +162,9 @@ class EncodedSample:
     """As the dataset has it, not as the tokenizer saw it."""
     clip: EncodedClip | None
     """None where only the caption was encoded."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What ``--keep-columns`` keeps of the dataset's further columns: booleans, integers, floats, text or None, each
+    column of one type."""
 
     @property
     def bucket(self) -> str:
