@@ -13,6 +13,7 @@ from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
+from streamprep.images import ImageError, probe_image, sniff_image
 from streamprep.mp4 import BrokenMp4Error, UnusualMp4Error, VideoTrack, read_mp4_track
 from streamprep.types import VideoInfo
 
@@ -38,7 +39,7 @@ class ProbeError(ValueError):
 
 
 def probe_video(file: BinaryIO) -> VideoInfo:
-    """What the headers of a video file say.
+    """What the headers of a video or image file say.
 
     Args:
         file: Seekable, such as ``open(path, "rb")`` or ``io.BytesIO(data)``; never read as a whole if it is MP4.
@@ -49,6 +50,11 @@ def probe_video(file: BinaryIO) -> VideoInfo:
     file.seek(0)
     head = file.read(_HEAD_BYTES)
     container = sniff_container(head)
+    if container is None and sniff_image(head) is not None:
+        try:
+            return probe_image(file)
+        except ImageError as error:
+            raise ProbeError(str(error)) from error
     if container is None:
         raise ProbeError(f"not a video: it begins with {head[:16]!r}")
     try:

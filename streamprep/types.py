@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,8 @@ class VideoInfo:
     """FFmpeg's name: ``h264``, ``hevc``, ``vp9``, ``av1``, ..."""
     variable_frame_rate: bool
     """Whether any frame is shown more than half a frame away from ``start + index / fps``."""
+    media_type: Literal["video", "image"] = "video"
+    """An image is one frame that lasts a second."""
 
     def __post_init__(self) -> None:
         if self.num_frames <= 0 or self.width <= 0 or self.height <= 0 or not 0 < self.fps < float("inf"):
@@ -54,7 +56,9 @@ class RawSample:
     file_name: str
     """The path the dataset knows the video by, with extension; becomes the output's ``id``."""
     path: str
-    """Where the bytes are, relative to the dataset's root."""
+    """The file that has the bytes, relative to the dataset's root."""
+    position: int | None = None
+    """Where in that file they are, for the source to find: an offset in a tar, a row; None if the file is the video."""
     size_bytes: int
     version: str
     """Changes when the bytes do: the modification time in ns, or an object store's etag."""

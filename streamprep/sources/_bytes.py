@@ -1,0 +1,125 @@
+"""Videos that are cells of a table: listed by their size and first bytes, opened again by their row."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from streamprep.errors import UserError
+from streamprep.images import sniff_image
+from streamprep.keys import extension_of
+from streamprep.probe import sniff_container
+from streamprep.sources._files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Listing
+from streamprep.types import RawSample
+
+_EXTENSIONS = {"matroska": "mkv", "mpegts": "ts", "mpegps": "mpg", "ogg": "ogv", "asf": "wmv", "jpeg": "jpg"}
+
+
+def add_bytes(
+    listing: Listing,
+    video: Any,
+    *,
+    path: str,
+    position: int,
+    number: int,
+    version: str,
+    captions: tuple[str, ...],
+    declared: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    where: str,
+) -> None:
+    """List the video of a table's cell. Its key is its row: names inside tables repeat, and rows are read in order.
+
+    Args:
+        listing: To add it to.
+        video: The cell: bytes, or ``datasets``' pair of ``bytes`` and ``path``.
+        path: Of the table, as the source will find it again.
+        position: Row number in the table.
+        number: Row number in the dataset.
+        version: Changes when the table does.
+        captions: Of the video.
+        declared: What the table says of it.
+        extra: Further columns; the pair's path becomes one more, ``path``.
+        where: File and row, for messages.
+
+    Raises:
+        UserError: if the cell holds something else.
+    """
+    data, name = cell_bytes(video, where=where)
+    key = f"{number:08d}"
+    if not data:
+        listing.skip(name or key, "no_video")
+        return
+    listing.add_sample(
+        RawSample(
+            key=key,
+            file_name=f"{key}.{_extension(data, name)}",
+            path=path,
+            position=position,
+            size_bytes=len(data),
+            version=version,
+            captions=captions,
+            declared=declared,
+            extra={**({"path": name} if name else {}), **extra},
+        ),
+        where=where,
+    )
+
+
+def cell_bytes(video: Any, *, where: str) -> tuple[bytes | None, str | None]:
+    """(the encoded video, what it was called) of a cell."""
+    if isinstance(video, Mapping) and {"bytes", "path"} >= set(video) and "bytes" in video:
+        video, name = video["bytes"], video.get("path")
+    else:
+        name = None
+    if not isinstance(video, (bytes, type(None))) or not isinstance(name, (str, type(None))):
+        raise UserError(f"{where}: a video is bytes, or a pair of bytes and path, got {video!r:.100}")
+    return video, name
+
+
+def _extension(data: bytes, name: str | None) -> str:
+    named = extension_of(name or "")
+    if named in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS:
+        return named
+    found = sniff_container(data[:4096]) or sniff_image(data[:4096]) or "bin"
+    return _EXTENSIONS.get(found, found)
+
+
+@dataclass(slots=True)
+class OpenParquetRow:
+    """Opens samples that are cells of a Parquet file; holds one row group's column."""
+
+    root: Path
+    column: str
+    _first_row: int = field(default=0, init=False, repr=False)
+    _cells: Any = field(default=None, init=False, repr=False)
+
+    def __call__(self, sample: RawSample) -> BinaryIO:
+        """The cell's bytes."""
+        assert sample.position is not None
+        row = sample.position - self._first_row
+        if self._cells is None or not 0 <= row < len(self._cells):
+            self._read_group_of(sample)
+            row = sample.position - self._first_row
+        data, _ = cell_bytes(self._cells[row].as_py(), where=f"{sample.path}, row {sample.position}")
+        return io.BytesIO(data or b"")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenParquetRow, (self.root, self.column)
+
+    def _read_group_of(self, sample: RawSample) -> None:
+        import pyarrow.parquet as pq
+
+        assert sample.position is not None
+        with pq.ParquetFile(self.root / sample.path, pre_buffer=False) as table:
+            self._first_row = 0
+            for group in range(table.num_row_groups):
+                num_rows = table.metadata.row_group(group).num_rows
+                if sample.position < self._first_row + num_rows:
+                    self._cells = table.read_row_group(group, columns=[self.column]).column(0)
+                    return
+                self._first_row += num_rows
+        raise OSError(f"{self.root / sample.path} changed while it was packed: it has no row {sample.position}")
