@@ -185,7 +185,7 @@ def _pax_records(data: bytes) -> Mapping[str, bytes]:
     records = {}
     while data:
         length, space, _ = data.partition(b" ")
-        if not space or not re.fullmatch(rb"[1-9][0-9]{0,6}", length):
+        if not space or not re.fullmatch(rb"[1-9][0-9]{0,6}", length) or int(length) > len(data):
             raise BadTarError(f"a pax header is damaged: {data[:40]!r}")
         record, data = data[len(length) + 1 : int(length)], data[int(length) :]
         keyword, equals, value = record.partition(b"=")

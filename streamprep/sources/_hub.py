@@ -26,7 +26,12 @@ def fetch_folder(url: str) -> tuple[Path, Path]:
     if found is None:
         raise UserError(f"{url}: a dataset of the hub is hf://datasets/ORG/NAME, with @REVISION or /FOLDER after it")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     folder = (found["folder"] or "").strip("/")
     if ".." in Path(folder).parts:
@@ -44,6 +49,8 @@ def fetch_folder(url: str) -> tuple[Path, Path]:
         raise UserError(
             f"{url}: the hub has no such dataset, or it needs a login: check the name, or run `hf auth login`"
         ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{url}: the dataset has no revision {found['revision']!r}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403, 404):

@@ -13,7 +13,8 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,34 +103,15 @@ class HfTable:
             name, _, wanted = name.partition("@")
             revision = version = _commit(name, wanted or None)
         table = cls(dataset=name, revision=revision, split=split, version=version, num_shards=1)
-        loaded = table.load()
-        num_shards = 1 if hasattr(loaded, "__getitem__") else max(1, loaded.num_shards)
-        return cls(dataset=name, revision=revision, split=split, version=version, num_shards=num_shards)
-
-    def load(self, columns: list[str] | None = None) -> Any:
-        """The library's object, which gives encoded bytes."""
-        datasets = _import_datasets()
-        try:
-            loaded = self._load(datasets)
-        except (ValueError, KeyError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"{self.dataset}, split {self.split!r}: {str(error).strip()[:500]}") from error
-        if columns is not None:
-            loaded = loaded.select_columns(columns)
-        for name, feature in (loaded.features or {}).items():
-            if type(feature).__name__ in _DECODED:
-                loaded = loaded.cast_column(name, type(feature)(decode=False))
-        return loaded
-
-    def _load(self, datasets: Any) -> Any:
-        if not matches(Path(self.dataset)):
-            return datasets.load_dataset(self.dataset, split=self.split, revision=self.revision, streaming=True)
-        loaded = datasets.load_from_disk(self.dataset)
-        return loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        loaded = _load(table)
+        return table if _has_rows(loaded) else replace(table, num_shards=max(1, loaded.num_shards))
 
     def rows(self, shard: int, *, start: int = 0, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of one file, from one of them on."""
-        loaded = self.load(columns)
-        if hasattr(loaded, "__getitem__"):
+        loaded = _load(self)
+        if columns is not None:
+            loaded = loaded.select_columns(columns)
+        if _has_rows(loaded):
             return (loaded[row] for row in range(start, len(loaded)))
         if self.num_shards > 1:
             loaded = loaded.shard(self.num_shards, shard)
@@ -255,6 +237,34 @@ def _download(url: str) -> BinaryIO:
     return target  # type: ignore[return-value]
 
 
+@lru_cache(maxsize=2)  # a hub is asked a dozen things each time, and lists all files of the dataset
+def _load(table: HfTable) -> Any:
+    """The library's object, which gives encoded bytes."""
+    datasets = _import_datasets()
+    try:
+        loaded = _load_any(datasets, table)
+    except (ValueError, KeyError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{table.dataset}, split {table.split!r}: {str(error).strip()[:500]}") from error
+    if not _has_rows(loaded):
+        return loaded.decode(False)
+    for name, feature in loaded.features.items():
+        if type(feature).__name__ in _DECODED:
+            loaded = loaded.cast_column(name, type(feature)(decode=False))
+    return loaded
+
+
+def _load_any(datasets: Any, table: HfTable) -> Any:
+    if not matches(Path(table.dataset)):
+        return datasets.load_dataset(table.dataset, split=table.split, revision=table.revision, streaming=True)
+    loaded = datasets.load_from_disk(table.dataset)
+    return loaded[table.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+
+
+def _has_rows(loaded: Any) -> bool:
+    """Whether any row can be read at once, as of what ``save_to_disk`` wrote; else they are streamed."""
+    return isinstance(loaded, _import_datasets().Dataset)
+
+
 def _import_datasets() -> Any:
     try:
         import datasets
@@ -267,7 +277,7 @@ def _import_datasets() -> Any:
 
 def _commit(name: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
@@ -280,7 +290,9 @@ def _commit(name: str, revision: str | None) -> str:
                 f"the hub has no dataset {name}{f' at {revision}' if revision else ''}, or it needs a login "
                 f"(`hf auth login`): {str(error).splitlines()[0]}"
             ) from error
-        raise
+        raise OSError(f"{name}: {error}") from error
+    except HTTPError as error:  # no network is none of the class above
+        raise OSError(f"{name}: the hub cannot be reached: {error}") from error
 
 
 def _folder_version(root: Path) -> str:
