@@ -72,6 +72,10 @@ def indexed(shards: Path) -> list[ShardSample]:
     return [sample for shard in load_manifest(store).shards for sample in load_index(store, shard).samples]
 
 
+def skipped_of(shards: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (shards / "skipped.jsonl").read_text().splitlines()]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -200,7 +204,7 @@ def test_damaged_tars_are_named_all_at_once_or_left_out(videos: list[bytes], tmp
     assert not (tars / "pack.json").exists()
     index_of(tars, skip_damaged=True)
     assert [shard.name for shard in load_manifest(open_store(tars)).shards] == ["good.tar"]
-    assert [json.loads(line) for line in (tars / "skipped.jsonl").read_text().splitlines()] == [
+    assert skipped_of(tars) == [
         {"file_name": "00000.tar", "reason": "damaged_tar"},
         {"file_name": "00001.tar", "reason": "damaged_tar"},
     ]
@@ -224,7 +228,7 @@ def test_samples_without_one_video_or_a_caption_to_read_are_skipped(videos: list
     (tmp_path / "0.tar").write_bytes(buffer.getvalue())
     index_of(tmp_path)
     assert [sample.key for sample in indexed(tmp_path)] == [*(f"good{n:02d}" for n in range(30)), "thumbnail"]
-    assert {line["file_name"]: line["reason"] for line in map(json.loads, open(tmp_path / "skipped.jsonl"))} == {
+    assert {line["file_name"]: line["reason"] for line in skipped_of(tmp_path)} == {
         "only_text": "no_video",
         "two_videos": "several_videos",
         "not_utf_8": "unreadable_caption",

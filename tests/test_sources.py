@@ -302,3 +302,71 @@ def test_a_caption_file_that_cannot_be_read_is_refused(
     (root / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)):
         list_dataset(root, "folder")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_a_caption_that_is_a_pipe_or_a_link_out_is_refused(
+    make_dataset: MakeDataset, tmp_path: Path, name: str
+) -> None:
+    root = make_dataset("folder", {"a.mp4": ""})
+    (root / "a.txt").unlink()
+    os.mkfifo(root / name)  # which would block for ever
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not a regular file"):
+        list_dataset(root, "folder")
+    (root / name).unlink()
+    (root / name).symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link to /etc/hostname, outside the dataset"):
+        list_dataset(root, "folder")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("merged", "videos2caption.json"), ("raw", "videos.txt"), ("raw", "prompt.txt")]
+)
+def test_a_list_that_is_a_pipe_or_a_link_out_is_refused(make_dataset: MakeDataset, layout: str, name: str) -> None:
+    root = make_dataset(layout, {"a.mp4": "x"})
+    (root / name).unlink()
+    (root / name).symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link to /etc/hostname, outside the dataset"):
+        list_dataset(root, layout)
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not a regular file"):
+        list_dataset(root, layout)
+
+
+def test_a_raw_line_that_is_not_utf_8_is_named(make_dataset: MakeDataset) -> None:
+    root = make_dataset("raw", {"a.mp4": "x"})
+    (root / "prompt.txt").write_bytes(b"one\ntwo\nth\xffee\n")
+    with pytest.raises(UserError, match=r"prompt\.txt is not UTF-8: line 3 holds b'\\xff'"):
+        list_dataset(root, "raw")
+
+
+def test_an_object_with_a_name_twice_is_refused(make_merged: Callable[..., Path]) -> None:
+    root = make_merged('[{"path": "a.mp4", "cap": "one", "cap": "two"}]')
+    with pytest.raises(UserError, match="an object has the name 'cap' twice"):
+        list_dataset(root, "merged")
+
+
+def test_a_number_too_large_for_json_becomes_none(make_merged: Callable[..., Path]) -> None:
+    # 1e999 is JSON, and infinity in Python: writing the listing's digest crashed on it.
+    sample = only(list_dataset(make_merged('[{"path": "a.mp4", "cap": "x", "score": 1e999}]'), "merged").samples)
+    assert sample.extra == {"score": None}
+
+
+def test_a_videos_place_beside_the_json_is_found_too(make_merged: Callable[..., Path]) -> None:
+    root = make_merged([{"path": "a.mp4", "cap": "x"}])
+    (root / "videos" / "a.mp4").rename(root / "a.mp4")
+    assert only(list_dataset(root, "merged").samples).path == "a.mp4"
+
+
+def test_an_image_beside_a_video_is_its_thumbnail(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": "video", "a.jpg": "video", "b.jpg": "image"})
+    listing = list_dataset(root, "folder")
+    assert [sample.file_name for sample in listing.samples] == ["a.mp4", "b.jpg"]
+    assert listing.skipped == [Skipped(file_name="a.jpg", reason="thumbnail")]
+
+
+def test_tars_beside_videos_do_not_hide_them(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": "video"})
+    (root / "backup.tar").touch()
+    assert [sample.file_name for sample in list_dataset(root, "auto").samples] == ["a.mp4"]

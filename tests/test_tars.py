@@ -94,15 +94,15 @@ def test_what_python_writes_is_what_is_read(files: dict[str, bytes], format: int
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "a wrong checksum": (lambda data: data[:2048] + b"x" + data[2049:], "at byte 2048 is damaged: its checksum is wrong"),
+    "a wrong checksum": (lambda data: data[:2048] + b"x" + data[2049:], "byte 2048 is damaged: its checksum is wrong"),
     "noise for a header": (lambda data: data[:2048] + b"\xff" * 512 + data[2560:], "the checksum of .* is no number"),
     "no end": (lambda data: data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512), "it ends at byte"),
-    "half an end": (lambda data: data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512 + 512), "its end is missing"),
+    "half an end": (lambda data: data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512 + 512), "end is missing"),
     "a cut in a member": (lambda data: data[:700], "'a.mp4' of 1500 bytes goes beyond the end of the archive, at 700"),
     "a cut in a header": (lambda data: data[:2148], "it ends at byte 2148, where a header .* should be"),
     "two tars in one": (lambda data: data + data, "something follows its end"),
     "8 GiB": (lambda data: patched(data, 124, b"\x80" + bytes(10) + b"\x01"), "a member of 8 GiB or more"),
-    "a size of -1": (lambda data: patched(data, 124, b"-0000000001\0"), "the size in the header at byte 0 is no number"),
+    "a size of -1": (lambda data: patched(data, 124, b"-0000000001\0"), "size in the header at byte 0 is no number"),
     "1 TB": (lambda data: patched(data, 124, b"77777777777\0"), "goes beyond the end of the archive"),
     "a compressed one": (lambda data: b"\x1f\x8b" + data[2:], "is damaged: its checksum is wrong"),
     "text": (lambda data: b"#!/bin/sh\n" * 100, "is no number"),

@@ -48,7 +48,7 @@ def list_dataset(dataset: str | Path, dataset_type: str, options: SourceOptions 
         raise UserError(f"{root} is not a folder or file{hint}")
     name = _recognise(root) if dataset_type == "auto" else dataset_type
     source = plugins.load(_GROUP, name)
-    if root.is_file() and not getattr(source, "TAKES_FILES", False):
+    if root.exists() and not root.is_dir() and not getattr(source, "TAKES_FILES", False):
         raise UserError(f"{root} is a file; a dataset of the layout {name} is a folder")
     _check_options(name, options, getattr(source, "OPTIONS", ()))
     listing: Listing = source.read_samples(root, options)

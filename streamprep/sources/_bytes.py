@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,36 +92,35 @@ def _extension(data: bytes, name: str | None) -> str:
 
 @dataclass(slots=True)
 class OpenParquetRow:
-    """Opens samples that are cells of a Parquet file; holds one row group's column."""
+    """Opens samples that are cells of a Parquet file; holds the place it has read to, as rows come in order."""
 
     root: Path
     column: str
-    _first_row: int = field(default=0, init=False, repr=False)
-    _cells: Any = field(default=None, init=False, repr=False)
+    _path: str = field(default="", init=False, repr=False)
+    _next: int = field(default=0, init=False, repr=False)
+    _cells: Iterator[Any] | None = field(default=None, init=False, repr=False)
 
     def __call__(self, sample: RawSample) -> BinaryIO:
         """The cell's bytes."""
         assert sample.position is not None
-        row = sample.position - self._first_row
-        if self._cells is None or not 0 <= row < len(self._cells):
-            self._read_group_of(sample)
-            row = sample.position - self._first_row
-        data, _ = cell_bytes(self._cells[row].as_py(), where=f"{sample.path}, row {sample.position}")
+        if self._cells is None or sample.path != self._path or sample.position < self._next:
+            self._cells = self._open_at(sample.path, sample.position)
+        cell = next(itertools.islice(self._cells, sample.position - self._next, None), None)
+        self._next = sample.position + 1
+        data, _ = cell_bytes(cell, where=f"{sample.path}, row {sample.position}")
         return io.BytesIO(data or b"")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenParquetRow, (self.root, self.column)
 
-    def _read_group_of(self, sample: RawSample) -> None:
+    def _open_at(self, path: str, position: int) -> Iterator[Any]:
+        """The cells from the start of the row group on that has the row."""
         import pyarrow.parquet as pq
 
-        assert sample.position is not None
-        with pq.ParquetFile(self.root / sample.path, pre_buffer=False) as table:
-            self._first_row = 0
-            for group in range(table.num_row_groups):
-                num_rows = table.metadata.row_group(group).num_rows
-                if sample.position < self._first_row + num_rows:
-                    self._cells = table.read_row_group(group, columns=[self.column]).column(0)
-                    return
-                self._first_row += num_rows
-        raise OSError(f"{self.root / sample.path} changed while it was packed: it has no row {sample.position}")
+        table = pq.ParquetFile(self.root / path, pre_buffer=False, buffer_size=2**20)  # else it reads whole row groups
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        starts = [0, *itertools.accumulate(sizes)]
+        group = max(0, min(bisect.bisect_right(starts, position) - 1, len(sizes) - 1))
+        self._path, self._next = path, starts[group]
+        batches = table.iter_batches(1, row_groups=range(group, len(sizes)), columns=[self.column])
+        return (cell for batch in batches for cell in batch.column(0).to_pylist())

@@ -366,11 +366,12 @@ def split_columns(
     column = caption_column or next((name for name in CAPTION_COLUMNS if name in row), None)
     captions = None if column is None else captions_of(row[column], where=where)
     row = {name: value for name, value in row.items() if not _is_bytes(value)}
-    declared = {name: to_json_value(row[name]) for name in DECLARED_COLUMNS if row.get(name) is not None}
+    declared = {name: row[name] for name in DECLARED_COLUMNS if not _is_empty(row.get(name))}
     for name in ("fps", "num_frames", "duration"):
         value = declared.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise UserError(f"{where}: {name} must be a positive number, got {value!r:.200}")
+    declared = {name: to_json_value(value) for name, value in declared.items()}
     known = {column, *DECLARED_COLUMNS, video_column}
     return captions, declared, {name: to_json_value(value) for name, value in row.items() if name not in known}
 
@@ -392,6 +393,10 @@ def to_json_value(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return str(value)
     raise UserError(f"a column holds a {type(value).__name__}, which cannot be kept: leave that column out")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_bytes(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """A table of videos and captions in one file: JSONL, JSON (a list of objects), CSV, TSV or Parquet.
 
-The dataset is the file, or a folder with one that is called ``metadata``, ``manifest``, ``dataset`` or ``captions``.
+The dataset is the file, or a folder with one that is called ``metadata``, ``manifest`` or ``dataset``.
 Columns go by convention (`VIDEO_COLUMNS`, `CAPTION_COLUMNS`) or by ``--video-column`` and ``--caption-column``. Paths
 are relative to the file's folder. An empty caption cell is no caption. In Parquet the video column may hold the encoded
 bytes themselves, or ``datasets``' pairs of bytes and path; then keys are row numbers. ``fps`` and ``num_frames`` are
@@ -32,7 +32,7 @@ from streamprep.sources._files import (
 OPTIONS = ("video_column", "caption_column")
 TAKES_FILES = True
 
-_STEMS = ("metadata", "manifest", "dataset", "captions")
+_STEMS = ("metadata", "manifest", "dataset")
 _EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 Row = tuple[str, dict[str, Any]]
@@ -52,7 +52,7 @@ def read_samples(root: Path, options: SourceOptions) -> Listing:
     Raises:
         UserError: naming file and line, if the table is not as described.
     """
-    file = root if root.is_file() else _only_candidate(root)
+    file = _only_candidate(root) if root.is_dir() else root
     listing = Listing(file.parent, links_into=options.links_into)
     rows = _read_rows(file)
     first = next(rows, None)
@@ -216,7 +216,7 @@ def _parquet(file: Path) -> Iterator[Row]:
 
     number = 0
     try:
-        with pq.ParquetFile(file, pre_buffer=False) as table:
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
             holds_bytes = any(_holds_bytes(field.type) for field in table.schema_arrow)
             for batch in table.iter_batches(batch_size=4 if holds_bytes else 1024):
                 for row in batch.to_pylist():

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from streamprep.errors import UserError
 from streamprep.keys import key_of
+from streamprep.sources import folder
 from streamprep.sources._files import (
     CAPTION_COLUMNS,
     IMAGE_EXTENSIONS,
@@ -39,8 +40,8 @@ _MAX_NAMED = 10
 
 
 def matches(root: Path) -> bool:
-    """Whether the folder has tars."""
-    return root.is_dir() and next(_tars(root, SourceOptions()), None) is not None
+    """Whether the folder has tars, and no videos or images outside of them."""
+    return root.is_dir() and not folder.matches(root) and next(_tars(root, SourceOptions()), None) is not None
 
 
 def read_samples(root: Path, options: SourceOptions) -> Listing:
@@ -82,12 +83,12 @@ class OpenTarMember:
 
 def _tars(root: Path, options: SourceOptions) -> Iterator[str]:
     """Names relative to the root, without those that only go with others."""
-    for folder, subfolders, files in os.walk(root, onerror=_raise):
+    for inside, subfolders, files in os.walk(root, onerror=_raise):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in (name for name in subfolders if Path(folder, name).is_symlink()):
-            raise UserError(f"{Path(folder, name)} is a link to a folder, which is not followed: move the tars in")
+        for name in (name for name in subfolders if Path(inside, name).is_symlink()):
+            raise UserError(f"{Path(inside, name)} is a link to a folder, which is not followed: move the tars in")
         for name in sorted(name for name in files if not name.startswith(".")):
-            path = Path(folder, name)
+            path = Path(inside, name)
             if name.lower().endswith(_COMPRESSED):
                 raise UserError(
                     f"{path} is compressed, so no video in it can be found without reading all: unpack it to .tar"
