@@ -4,8 +4,8 @@
 
 The folder is one that `streamprep pack` takes as ``raw`` (videos.txt + prompt.txt) or ``folder`` (each video with a
 .txt or .json beside it). ``--output`` without a folder goes into the data folder, as FastVideo's script has it; a
-folder gets a ``videos2caption.json``. Paths are relative to ``videos/`` if all videos lie there, where FastVideo looks for
-them, else to the data folder. Nothing is decoded; a video whose header cannot be read is left out and named.
+folder gets a ``videos2caption.json``. Paths are relative to ``videos/`` if all videos lie there, where FastVideo looks
+for them, else to the data folder. Nothing is decoded; a video whose header cannot be read is left out and named.
 """
 
 from __future__ import annotations

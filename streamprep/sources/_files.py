@@ -25,7 +25,7 @@ VIDEO_EXTENSIONS = frozenset(
     "3gp avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv".split()  # noqa: SIM905
 )
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp"))
-VIDEO_COLUMNS = ("video", "path", "file_name", "video_path", "media_path", "filepath", "filename", "file")
+VIDEO_COLUMNS = ("video", "path", "file_name", "video_path", "media_path", "filepath", "filename", "file", "image")
 CAPTION_COLUMNS = ("cap", "caption", "captions", "text", "prompt")
 DECLARED_COLUMNS = ("fps", "num_frames", "duration", "resolution")
 MAX_CAPTION_CHARACTERS = 100_000
@@ -138,15 +138,13 @@ class Listing:
         if status is None:
             self.skip(name, "missing")
             return
-        full = self.root / path
         self.add_sample(
             RawSample(
                 key=key_of(file_name),
                 file_name=name,
                 path=path,
                 size_bytes=status.st_size,
-                # In the hub's cache a file's name is the digest of its content.
-                version=str(status.st_mtime_ns) if self.links_into is None else full.resolve().name,
+                version=self.version_of(path, status),
                 captions=tuple(captions),
                 declared=declared or {},
                 extra=extra or {},
@@ -175,6 +173,11 @@ class Listing:
             )
         self._places[sample.key] = repr(sample.file_name) + (f" ({where})" if where != str(self.root) else "")
         self.samples.append(sample)
+
+    def version_of(self, path: str, status: os.stat_result) -> str:
+        """What changes with a file's bytes: in the hub's cache, where a name is a link, the digest it leads to."""
+        full = self.root / path
+        return full.resolve().name if self.links_into and full.is_symlink() else str(status.st_mtime_ns)
 
     def skip(self, file_name: str, reason: str) -> None:
         """Note something that is listed and not packed."""

@@ -59,6 +59,11 @@ def fetch_folder(url: str) -> tuple[Path, Path]:
     except LocalEntryNotFoundError as error:
         raise OSError(f"{url}: the hub cannot be reached: {error}") from error
     root = snapshot / folder
+    if root.is_file():  # a manifest: what it lists lies in its folder
+        parent = str(Path(folder).parent)
+        return fetch_folder(url.removesuffix(folder) + ("" if parent == "." else parent))[0] / root.name, (
+            snapshot.parents[1] / "blobs"
+        )
     if not root.exists():
         raise UserError(f"{url}: the repository has no {folder!r}")
     return root, snapshot.parents[1] / "blobs"

@@ -11,12 +11,14 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from streamprep import canonical
 from streamprep.errors import UserError
@@ -33,8 +35,11 @@ from streamprep.sources._files import (
 )
 from streamprep.types import RawSample
 
+T = TypeVar("T")
+
 OPTIONS = ("video_column", "caption_column", "split")
 _SPOOL_BYTES = 2**26
+_SECONDS_BETWEEN_LINES = 10.0
 _DECODED = ("Video", "Image", "Audio")
 
 
@@ -67,12 +72,22 @@ def read_samples(root: Path, options: SourceOptions) -> Listing:
         where=str(root),
     )
     listing.open_video = OpenHfRow(table, video, OpenFile(root))
-    number = 0
-    for shard in range(table.num_shards):
-        for position, row in enumerate(table.rows(shard)):
-            _add(listing, table, row, video, caption, shard=shard, position=position, number=number)
-            number += 1
+    places = (
+        (shard, position, row) for shard in range(table.num_shards) for position, row in enumerate(table.rows(shard))
+    )
+    for number, (shard, position, row) in enumerate(_reported(places)):
+        _add(listing, table, row, video, caption, shard=shard, position=position, number=number)
     return listing
+
+
+def _reported(rows: Iterator[T]) -> Iterator[T]:
+    """The same, saying now and then how many there were: it may take hours."""
+    said = time.monotonic()
+    for number, row in enumerate(rows):
+        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            sys.stderr.write(f"listing: {number} rows so far\n")
+        yield row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,7 +123,7 @@ def _companion(root: Path, tar: Path) -> Path | None:
 def _add_tar(listing: Listing, tar: str, options: SourceOptions) -> None:
     root = listing.root
     status = (root / tar).stat()
-    version = f"{status.st_size}-{status.st_mtime_ns}" if listing.links_into is None else (root / tar).resolve().name
+    version = f"{status.st_size}-{listing.version_of(tar, status)}"
     companion = _companion(root, Path(tar))
     metadata = {} if companion is None else _read_companion(listing, companion, options)
     with open_regular(root / tar) as file:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[
         make_video(roots["files"] / name)
     lines = [f"{name},{caption}" for name, caption in captions.items()]
     (roots["files"] / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    shutil.copytree(roots["files"], roots["files"] / "more")
     return {f"org/{name}": root for name, root in roots.items()}
 
 
@@ -109,6 +111,15 @@ def test_another_download_is_the_same_listing(on_hub: RunOnHub, tmp_path: Path, 
     assert (ran.returncode, ran.stderr) == (0, "2 videos (4.3 kB) in 1 shard, 1 done\n")
 
 
+@pytest.mark.parametrize("folder", ["", "more/"])
+def test_a_manifest_of_a_repository_is_a_dataset_with_what_lies_beside_it(
+    on_hub: RunOnHub, tmp_path: Path, folder: str
+) -> None:
+    ran = on_hub("pack", f"hf://datasets/org/files/{folder}metadata.csv", tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert [row[0] for row in packed(tmp_path)] == ["a", "sub/b"]
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -144,7 +155,12 @@ def test_rows_with_bytes_are_streamed(on_hub: RunOnHub, tmp_path: Path) -> None:
 def test_videos_that_are_files_keep_their_paths(on_hub: RunOnHub, tmp_path: Path) -> None:
     ran = on_hub("pack", "org/files@main", tmp_path, "--dataset-type", "hf", "--split", "train")
     assert ran.returncode == 0, ran.stderr
-    assert packed(tmp_path) == [("a", "a.mp4", "an apple", 8), ("sub/b", "sub/b.mp4", "a ball", 8)]
+    assert packed(tmp_path) == [
+        ("a", "a.mp4", "an apple", 8),
+        ("more/a", "more/a.mp4", "an apple", 8),
+        ("more/sub/b", "more/sub/b.mp4", "a ball", 8),
+        ("sub/b", "sub/b.mp4", "a ball", 8),
+    ]
 
 
 @pytest.mark.parametrize(
