@@ -17,7 +17,30 @@ TEXT_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig:
+class PackSettings:
+    """How to read and pack a dataset; shared by `pack` and `run`."""
+
+    dataset_type: str = "auto"
+    """Layout: merged (videos/ + videos2caption.json), raw (videos.txt + prompt.txt), manifest (JSONL, JSON, CSV, TSV or
+    Parquet), folder (each video with a .txt or .json beside it), webdataset (tars), hf (a dataset of the Hugging Face
+    hub), or auto."""
+    video_column: str | None = None
+    """Column of a manifest or hf dataset with the videos; by default video, path, file_name, video_path, ..."""
+    caption_column: str | None = None
+    """Column with the captions; by default cap, caption, captions, text or prompt."""
+    split: str | None = None
+    """Split of an hf dataset; by default train."""
+    shard_size_mb: int = 256
+    """Most MiB of video in a shard."""
+    shuffle: int | None = None
+    """Seed to shuffle the videos by before they are cut into shards; by default they are sorted."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, shard_size_mb=self.shard_size_mb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig(PackSettings):
     """Pack raw videos and captions into tar shards.
 
     Example: streamprep pack my_dataset my_shards
@@ -28,23 +51,44 @@ class PackConfig:
 
     POSITIONAL: ClassVar = ("dataset", "shards")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder with the videos and captions."""
+    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
+    --dataset-type hf."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
     """Folder to write the shards to."""
-    dataset_type: str = "auto"
-    """Layout: merged (videos/ + videos2caption.json), raw (videos.txt + prompt.txt), folder (each video with a .txt or
-    .json beside it), or auto."""
-    shard_size_mb: int = 256
-    """Most MiB of video in a shard."""
-    shuffle: int | None = None
-    """Seed to shuffle the videos by before they are cut into shards; by default they are sorted."""
     captions_only: bool = False
     """Leave the videos out: the shards are for --workload-type text only."""
     num_workers: int = 0
     """Processes; 0 is one for each core."""
 
     def __post_init__(self) -> None:
-        _at_least(1, shard_size_mb=self.shard_size_mb)
+        PackSettings.__post_init__(self)
+        _at_least(0, num_workers=self.num_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Index tar shards of another program (webdataset, video2dataset, cosmos-curate), so that `encode` takes them.
+
+    Example: streamprep index their_tars --to my_shards
+
+    Every byte is read once, no tar is copied or changed. Running the same command again goes on where it was stopped.
+    """
+
+    POSITIONAL: ClassVar = ("shards",)
+    shards: Annotated[Positional[str], arg(metavar="SHARDS")]
+    """Folder with the tars, at any depth."""
+    to: str | None = None
+    """Folder for the index, with links to the tars; by default it is written beside them."""
+    caption_column: str | None = None
+    """Field of KEY.json with the captions; by default KEY.txt, else cap, caption, captions, text or prompt."""
+    prefix_keys: bool = False
+    """Put the tar's name before each key, where tars use the same keys."""
+    skip_damaged: bool = False
+    """Leave out tars that are damaged, naming them in skipped.jsonl, instead of refusing all."""
+    num_workers: int = 0
+    """Processes; 0 is one for each core."""
+
+    def __post_init__(self) -> None:
         _at_least(0, num_workers=self.num_workers)
 
 
@@ -218,7 +262,7 @@ class PlanConfig(EncodeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(EncodeSettings):
+class RunConfig(EncodeSettings, PackSettings):
     """Pack a dataset and encode it.
 
     Example: streamprep run my_dataset out --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 77
@@ -228,17 +272,16 @@ class RunConfig(EncodeSettings):
 
     POSITIONAL: ClassVar = ("dataset", "out")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder with the videos and captions."""
+    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
+    --dataset-type hf."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Folder for the latents."""
     shards: str | None = None
     """Folder for the shards; by default OUT/_streamprep/shards."""
-    dataset_type: str = "auto"
-    """Layout: merged, raw, folder or auto; see `streamprep pack --help`."""
-    shard_size_mb: int = 256
-    """Most MiB of video in a shard."""
-    shuffle: int | None = None
-    """Seed to shuffle the videos by before they are cut into shards."""
+
+    def __post_init__(self) -> None:
+        PackSettings.__post_init__(self)
+        EncodeSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

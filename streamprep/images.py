@@ -76,6 +76,7 @@ def probe_image(file: BinaryIO, image_format: str) -> VideoInfo:
         rotation=_DEGREES.get(orientation, 0),
         codec=image_format,
         variable_frame_rate=False,
+        media_type="image",
     )
 
 

@@ -65,7 +65,14 @@ def load_manifest(store: Store) -> Manifest:
         value = json.loads(store.read(MANIFEST))
     except FileNotFoundError:
         if store.exists(PACK):
-            raise UserError(f"{store.url}: packing is not finished; run the same `streamprep pack` again") from None
+            raise UserError(
+                f"{store.url}: packing is not finished; run the same `streamprep pack` again (or `streamprep index`)"
+            ) from None
+        if any(entry.path.endswith(".tar") for entry in store.list()):
+            raise UserError(
+                f"{store.url} holds tars without an index (no {MANIFEST}): make it by `streamprep index {store.url}`, "
+                "which reads them once and copies nothing"
+            ) from None
         raise UserError(
             f"{store.url} holds no shards (no {MANIFEST}): make them by `streamprep pack DATASET {store.url}`"
         ) from None

@@ -37,6 +37,8 @@ class VideoInfo:
     """FFmpeg's name: ``h264``, ``hevc``, ``vp9``, ``av1``, ..."""
     variable_frame_rate: bool
     """Whether any frame is shown more than half a frame away from ``start + index / fps``."""
+    media_type: Literal["video", "image"] = "video"
+    """An image is one frame that lasts a second."""
 
     def __post_init__(self) -> None:
         if self.num_frames <= 0 or self.width <= 0 or self.height <= 0 or not 0 < self.fps < float("inf"):
@@ -53,8 +55,10 @@ class RawSample:
     """Unique in the dataset; the WebDataset ``__key__``."""
     file_name: str
     """The path the dataset knows the video by, with extension; becomes the output's ``id``."""
-    path: str | None
-    """Where the bytes are, relative to the dataset's root; None for a caption without a video."""
+    path: str
+    """The file that has the bytes, relative to the dataset's root."""
+    position: int | None = None
+    """Where in that file they are, for the source to find: an offset in a tar, a row; None if the file is the video."""
     size_bytes: int
     version: str
     """Changes when the bytes do: the modification time in ns, or an object store's etag."""
@@ -63,6 +67,8 @@ class RawSample:
     """What the dataset itself says of the video: any of fps, num_frames, duration, resolution."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further columns, kept as they are."""
+    has_video: bool = True
+    """Not where only captions are packed, or where there are only captions."""
 
 
 VideoLoader = Literal["torchcodec", "pyav"]

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from streamprep import cli, config, crashpoints, errors, plan
+from streamprep import cli, config, crashpoints, errors, plan, plugins
+from streamprep.sources import _files
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,16 @@ def _as_shown(default):
 def test_every_reason_is_in_the_readme(readme):
     for reason in (*errors.BAD_REASONS, *plan.DROP_REASONS):
         assert f"`{reason}`" in readme, reason
+
+
+def test_every_skip_reason_is_in_the_readme_as_the_program_explains_it(readme):
+    for reason, meaning in _files.SKIP_REASONS.items():
+        assert f"| `{reason}` | {meaning} |" in readme, reason
+
+
+def test_every_layout_is_in_the_readme(readme):
+    for layout in plugins.names("streamprep.sources"):
+        assert f"| `{layout}` |" in readme, layout
 
 
 def test_every_crash_point_is_named_where_it_is_documented():
