@@ -38,11 +38,11 @@ def list_dataset(root: Path, dataset_type: str) -> Listing:
 
 
 def _recognise(root: Path) -> str:
+    if not root.is_dir() and not plugins.load(_GROUP, "prompts").matches(root):
+        raise UserError(f"{root} is neither a folder nor a .txt file with a prompt on each line")
     for name in _AUTO_ORDER:
         if plugins.load(_GROUP, name).matches(root):
             return name
-    if not root.is_dir():
-        raise UserError(f"{root} is neither a folder nor a .txt file with a prompt on each line")
     raise UserError(
         f"{root} has none of the layouts {', '.join(_AUTO_ORDER)}: no videos2caption.json, no videos.txt with "
         "prompt.txt, no video files"

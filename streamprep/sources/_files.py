@@ -69,7 +69,7 @@ class Listing:
         if not _MEMBER_EXTENSION.fullmatch(extension_of(path)):
             raise UserError(f"{root}: the video {file_name!r} needs a video's extension, such as .mp4: rename it")
         status = _status_inside(root, path)
-        name = os.fsencode(file_name).decode("utf-8", "backslashreplace")
+        name = readable(file_name)
         if status is None:
             self.skipped.append(Skipped(file_name=name, reason="missing"))
             return
@@ -111,6 +111,11 @@ class Listing:
         self.samples.sort(key=lambda sample: sample.key)
         self.skipped.sort(key=lambda skipped: skipped.file_name)
         return self
+
+
+def readable(file_name: str) -> str:
+    """A file's name as text: bytes of it that are no UTF-8 are written as ``\\xff``."""
+    return os.fsencode(file_name).decode("utf-8", "backslashreplace")
 
 
 def _is_relative(path: str) -> bool:
