@@ -44,7 +44,9 @@ FEATURES = {
 """What each variant is trained for, and on what."""
 WORKLOADS = ("t2v", "i2v", "text")
 POSSIBLE = [(variant, workload) for variant, workloads in FEATURES.items() for workload in workloads]
-IMPOSSIBLE = [(variant, workload) for variant in FEATURES for workload in WORKLOADS if workload not in FEATURES[variant]]
+IMPOSSIBLE = [
+    (variant, workload) for variant in FEATURES for workload in WORKLOADS if workload not in FEATURES[variant]
+]
 
 
 def open_wan(model: Path | str, workload: str) -> Any:
@@ -67,7 +69,9 @@ def test_a_variant_is_told_by_its_configs_alone(
 ) -> None:
     """No weights are there."""
     model = shutil.copytree(
-        tiny_models(variant), tmp_path / "model", ignore=lambda _, names: [n for n in names if n.endswith("safetensors")]
+        tiny_models(variant),
+        tmp_path / "model",
+        ignore=lambda _, names: [n for n in names if n.endswith("safetensors")],
     )
     contract = open_wan(model, workload).contract
     assert (contract.family, contract.variant, contract.workload) == ("wan", variant, workload)
