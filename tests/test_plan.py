@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamprep.errors import BAD_REASONS
-from streamprep.plan import DROP_REASONS, Excluded, SamplingRules, UnitPlan, plan_clips, plan_unit
-from streamprep.sampling import resample
+from streamprep.plan import DROP_REASONS, Excluded, RowPlan, SamplingRules, UnitPlan, plan_clips, plan_unit
+from streamprep.sampling import resample, uniform
 from streamprep.shards import Member, ShardIndex, ShardSample
 from streamprep.types import VideoInfo
 
@@ -266,6 +268,116 @@ def test_a_caption_is_kept_as_it_is() -> None:
     caption = "  Caf\u00e9 &amp; \U0001f3ac\n  "
     (clip,) = plan_clips(make_sample(captions=(caption,)), make_rules())
     assert clip.rows[0].caption == caption
+
+
+# Which captions
+
+SEVERAL = ("One.", "Two.", " ", "Four.")
+
+
+def chosen(sample: ShardSample, **rules: Any) -> str:
+    ((row,),) = (clip.rows for clip in plan_one(sample, **rules).clips)
+    return row.caption
+
+
+def test_of_several_captions_the_first_is_taken_and_the_others_not_looked_at() -> None:
+    (clip,) = plan_one(make_sample(captions=SEVERAL)).clips
+    assert clip.rows == (RowPlan(key="a", id="a.mp4", caption="One.", prompt="One."),)
+    assert clip.unusable == ()
+    assert excluded(make_sample(captions=("", "Two."))).reason == "empty_caption"
+
+
+def test_all_captions_are_rows_with_numbers_and_those_that_cannot_be_used_are_listed() -> None:
+    unit = plan_one(make_sample("dir/a", captions=(*SEVERAL, "\ud83d")), caption="all")
+    (clip,) = unit.clips
+    assert [(row.key, row.id, row.caption, row.prompt) for row in clip.rows] == [
+        ("dir/a", "dir/a.mp4", "One.", "One."),
+        ("dir/a@01", "dir/a.mp4@01", "Two.", "Two."),
+        ("dir/a@03", "dir/a.mp4@03", "Four.", "Four."),
+    ]
+    assert [(item.key, item.reason) for item in unit.dropped] == [
+        ("dir/a@02", "empty_caption"),
+        ("dir/a@04", "caption_encoding"),
+    ]
+    assert unit.dropped == clip.unusable
+    assert list(unit.rows) == list(clip.rows)
+
+
+def test_a_caption_keeps_its_number_when_those_before_it_cannot_be_used() -> None:
+    unit = plan_one(make_sample(captions=("", "Two.")), caption="all")
+    assert [row.key for row in unit.rows] == ["a@01"]
+    assert [item.key for item in unit.dropped] == ["a@00"]
+
+
+@pytest.mark.parametrize("caption", ["first", "random", "all"])
+def test_a_sample_none_of_whose_captions_can_be_used_is_dropped_once(caption: str) -> None:
+    for captions in ((), ("",), (" ", "")):
+        item = excluded(make_sample(captions=captions), caption=caption)
+        assert (item.key, item.reason) == ("a", "empty_caption")
+
+
+def test_a_hundred_captions_have_different_keys() -> None:
+    captions = tuple(f"Caption {number}." for number in range(120))
+    keys = [row.key for row in plan_one(make_sample(captions=captions), caption="all").rows]
+    assert keys == ["a", *(f"a@{number:02d}" for number in range(1, 120))]
+    assert len(set(keys)) == 120
+
+
+def test_a_random_caption_follows_from_seed_and_key_alone() -> None:
+    samples = [make_sample(f"{number}", captions=SEVERAL) for number in range(40)]
+    shuffled = random.Random(0).sample(samples, len(samples))
+    first, second = (
+        {
+            row.key: row.caption
+            for row in plan_unit(unit, make_index(*of), make_rules(caption="random", workload_type=workload)).rows
+        }
+        for unit, of, workload in (("000000", samples, "t2v"), ("000007", shuffled, "text"))
+    )
+    assert first == second
+    assert first == {sample.key: chosen(sample, caption="random") for sample in samples}
+
+
+def test_another_seed_chooses_other_captions() -> None:
+    samples = [make_sample(f"{number}", captions=SEVERAL) for number in range(40)]
+    choices = {tuple(chosen(sample, caption="random", seed=seed) for sample in samples) for seed in range(10)}
+    assert len(choices) == 10
+
+
+def test_each_caption_that_can_be_used_is_chosen_about_as_often() -> None:
+    counts = Counter(chosen(make_sample(f"{n}", captions=SEVERAL), caption="random") for n in range(3000))
+    assert set(counts) == {"One.", "Two.", "Four."}
+    assert all(abs(count - 1000) < 100 for count in counts.values()), counts  # 4 standard deviations
+
+
+def test_a_random_captions_row_has_the_samples_own_key() -> None:
+    (clip,) = plan_one(make_sample(captions=("", "Two.")), caption="random").clips
+    assert [(row.key, row.id, row.caption) for row in clip.rows] == [("a", "a.mp4", "Two.")]
+    assert [item.key for item in clip.unusable] == ["a@00"]
+
+
+@given(seed=st.integers(0, 2**32), key=st.text(max_size=10))
+def test_a_uniform_number_is_below_one_and_is_its_arguments_alone(seed: int, key: str) -> None:
+    assert 0 <= uniform(seed, key, "caption") < 1
+    assert uniform(seed, key, "caption") == uniform(seed, key, "caption")
+    assert len({uniform(seed, key, purpose) for purpose in ("caption", "guidance")}) == 2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_that_share_of_the_rows_is_encoded_without_a_prompt_and_keeps_its_caption(rate: float) -> None:
+    rules = make_rules(training_cfg_rate=rate, workload_type="text", caption="all")
+    samples = [make_sample(f"{number}", captions=("One.", "Two.")) for number in range(1000)]
+    rows = list(plan_unit("000000", make_index(*samples), rules).rows)
+    assert [row.caption for row in rows] == ["One.", "Two."] * 1000
+    assert {row.prompt for row in rows if row.prompt} <= {"One.", "Two."}
+    assert all(row.prompt in ("", row.caption) for row in rows)
+    share = sum(not row.prompt for row in rows) / len(rows)
+    assert share == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(rows)) ** 0.5)
+    without = {row.key for row in rows if not row.prompt}
+    again = plan_unit("000001", make_index(*reversed(samples)), rules).rows
+    assert without == {row.key for row in again if not row.prompt}
+    if 0 < rate < 1:
+        other = plan_unit("000000", make_index(*samples), dataclasses.replace(rules, seed=1)).rows
+        assert without != {row.key for row in other if not row.prompt}
 
 
 # Units

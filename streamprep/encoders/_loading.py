@@ -55,7 +55,7 @@ def load_preprocessor(model: ModelFolder, component: str) -> Any:
     kind = transformers_class(model, component)
     try:
         return kind.from_pretrained(model.path / component)
-    except Exception as error:
+    except Exception as error:  # tokenizers raises no narrower one of a file that it cannot read
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{model.path / component} cannot be loaded as a {kind.__name__}: {reason}") from error
 

@@ -57,10 +57,14 @@ def list_dataset(dataset: str | Path, dataset_type: str, options: SourceOptions 
 
 def _recognise(root: Path) -> str:
     for name in _AUTO_ORDER:
-        if plugins.load(_GROUP, name).matches(root):
+        source = plugins.load(_GROUP, name)
+        if (root.is_dir() or getattr(source, "TAKES_FILES", False)) and source.matches(root):
             return name
     if not root.is_dir():
-        raise UserError(f"{root} is neither a folder nor a .txt file with a prompt on each line")
+        raise UserError(
+            f"{root} is neither a folder, nor a manifest (.jsonl, .json, .csv, .tsv, .parquet), nor a .txt file with a "
+            "prompt on each line"
+        )
     raise UserError(
         f"{root} has none of the layouts {', '.join(_AUTO_ORDER)}: no videos2caption.json, no videos.txt with "
         "prompt.txt, no manifest, no tars, no video files"

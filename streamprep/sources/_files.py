@@ -128,7 +128,7 @@ class Listing:
         where = where or str(self.root)
         check_path(path, where=where, shown=file_name)
         check_path(file_name, where=where, shown=file_name)
-        name = os.fsencode(file_name).decode("utf-8", "backslashreplace")
+        name = readable(file_name)
         if not _MEMBER_EXTENSION.fullmatch(extension_of(path)):
             raise UserError(f"{where}: the video {file_name!r} needs a video's extension, such as .mp4: rename it")
         try:
@@ -203,6 +203,11 @@ class Listing:
         self.samples.sort(key=lambda sample: sample.key)
         self.skipped.sort(key=lambda skipped: (skipped.file_name, skipped.reason))
         return self
+
+
+def readable(file_name: str) -> str:
+    """A file's name as text: bytes of it that are no UTF-8 are written as ``\\xff``."""
+    return os.fsencode(file_name).decode("utf-8", "backslashreplace")
 
 
 def _summary(unusable: list[Skipped]) -> str:

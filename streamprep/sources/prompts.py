@@ -10,7 +10,7 @@ from pathlib import Path
 
 from streamprep.errors import UserError
 from streamprep.keys import key_of
-from streamprep.sources._files import Listing, SourceOptions
+from streamprep.sources._files import Listing, SourceOptions, readable
 from streamprep.types import RawSample
 
 TAKES_FILES = True
@@ -25,7 +25,7 @@ def read_samples(root: Path, _: SourceOptions) -> Listing:
     """List the file's prompts.
 
     Raises:
-        UserError: if it cannot be read as UTF-8.
+        UserError: if it cannot be read as UTF-8, or holds no prompt.
     """
     try:
         text = root.read_text(encoding="utf-8-sig")
@@ -33,19 +33,24 @@ def read_samples(root: Path, _: SourceOptions) -> Listing:
         raise UserError(f"{root} is not UTF-8: {error}") from error
     except OSError as error:
         raise UserError(f"{root} is not a text file with a prompt on each line: {error}") from error
-    listing = Listing(root)
-    for number, line in enumerate(text.rstrip("\n \t\r").split("\n"), start=1):
-        name = f"{root.stem}-{number:06d}"
-        captions = (line.strip(),) if line.strip() else ()
-        listing.samples.append(
-            RawSample(
-                key=key_of(f"{name}.txt"),
-                file_name=name,
-                path="",
-                size_bytes=0,
-                version="",
-                captions=captions,
-                has_video=False,
-            )
-        )
-    return listing
+    if not text.strip():
+        raise UserError(f"{root} holds no prompts: it is empty")
+    return Listing(
+        root,
+        samples=[
+            _sample(f"{root.stem}-{number:06d}", line.strip())
+            for number, line in enumerate(text.rstrip("\n \t\r").split("\n"), start=1)
+        ],
+    )
+
+
+def _sample(name: str, prompt: str) -> RawSample:
+    return RawSample(
+        key=key_of(f"{name}.txt"),
+        file_name=readable(name),
+        path="",
+        size_bytes=0,
+        version="",
+        captions=(prompt,) if prompt else (),
+        has_video=False,
+    )
