@@ -86,6 +86,7 @@ def make_video(
     options: Mapping[str, str] | None = None,
     pix_fmt: str = "yuv420p",
     turned: int = 0,
+    upright: bool = False,
     audio: bool = False,
     noise: bool = False,
     first: int = 0,
@@ -94,13 +95,14 @@ def make_video(
 
     Args:
         times: When each frame is shown, in seconds.
-        size: Width and height in pixels.
+        size: Width and height in pixels, as shown if `upright`, else as stored.
         container: FFmpeg's name of the muxer.
         codec: FFmpeg's name of the encoder.
         codec_options: For the encoder.
         options: For the muxer.
         pix_fmt: Of the encoded pictures.
         turned: Degrees that a player is to turn the picture by, counter-clockwise.
+        upright: Store the pictures turned the other way, so that the player shows them upright.
         audio: Add a silent track.
         noise: Noise instead of numbers.
         first: Number of the first frame.
@@ -110,15 +112,18 @@ def make_video(
     with av.open(buffer, "w", format=container, options=dict(options or {})) as file:
         sound = file.add_stream("aac", rate=16000, layout="mono") if audio else None
         stream = file.add_stream(codec, rate=FPS, options=dict(codec_options or {}))
-        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+        stream.width, stream.height = size[::-1] if upright and turned in (90, 270) else size
+        stream.pix_fmt = pix_fmt
         stream.bit_rate, stream.codec_context.thread_count = 2_000_000, 1
         # Codecs and containers that know steady rates only.
-        time_base = Fraction(1, FPS) if codec in ("mpeg4", "mpeg2video", "wmv2", "gif") else Fraction(1, 2400)
+        time_base = Fraction(1, {"mpeg4": FPS, "mpeg2video": FPS, "wmv2": FPS, "gif": 100}.get(codec, 2400))
         stream.codec_context.time_base = time_base
         if turned:
             stream.set_display_rotation(turned)
         for number, time in enumerate(times, start=first):
             picture = random.integers(0, 256, (*size[::-1], 3), np.uint8) if noise else numbered_picture(number, *size)
+            if upright:
+                picture = np.ascontiguousarray(np.rot90(picture, -turned // 90))
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
             frame.pts, frame.time_base = round(time / time_base), time_base
             file.mux(stream.encode(frame))

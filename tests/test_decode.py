@@ -479,18 +479,21 @@ def test_frames_that_change_size_are_refused_if_they_are_wanted(container: str, 
         decode_clip(video, across)
 
 
-def join_two_sizes(container: str) -> bytes:
+def join_two_sizes(container: str, *, frames_each: int = 20) -> bytes:
     """Half of it 128x64, half of it 160x96."""
     buffer = io.BytesIO()
     settings: dict[str, Any] = {"container": "mpegts", "codec_options": {"bf": "0"}}
     with av.open(buffer, "w", format=container) as target:
-        halves = [make_video(STEADY[:20], **settings), make_video(STEADY[:20], size=(160, 96), first=20, **settings)]
+        halves = [
+            make_video(steady(frames_each), size=size, first=frames_each * n, **settings)
+            for n, size in enumerate(((128, 64), (160, 96)))
+        ]
         for number, half in enumerate(halves):
             with av.open(io.BytesIO(half)) as source:
                 if number == 0:
                     copy = target.add_stream_from_template(source.streams.video[0])
                 for index, packet in enumerate(p for p in source.demux(video=0) if p.dts is not None):
-                    packet.pts = packet.dts = (20 * number + index) * 3750
+                    packet.pts = packet.dts = (frames_each * number + index) * 3750
                     packet.time_base, packet.stream = Fraction(1, 90000), copy
                     target.mux(packet)
     return buffer.getvalue()
