@@ -99,13 +99,15 @@ def read_index(store: Store, shard: str, *, sha256: str) -> ShardIndex:
     """The index of a shard whose index is known by its digest.
 
     Raises:
-        UserError: if it is another one by now, or the tar beside it is missing or of another size.
+        UserError: if it is missing or another one by now, or the tar beside it is missing or of another size.
     """
-    data = store.read(index_name(shard))
+    try:
+        data, found = store.read(index_name(shard)), store.size_bytes(shard)
+    except FileNotFoundError as error:
+        raise UserError(f"{store.url}: {shard} or {index_name(shard)} is missing ({error}): pack again") from error
     if canonical.bytes_digest(data) != sha256:
         raise UserError(f"{store.url}/{index_name(shard)} is not the index it was, which {MANIFEST} names: pack again")
     index = ShardIndex.from_json(data)
-    found = store.size_bytes(shard)
     if found != index.size_bytes:
         raise UserError(f"{store.url}/{shard} has {found} bytes, its index says {index.size_bytes}: pack again")
     return index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -224,8 +225,7 @@ def test_verify_and_status_know_a_job_of_captions(finished: EncodeJob, capsys: p
     assert set(index["bucket"].to_pylist()) == {"text"}
 
 
-@pytest.mark.parametrize("point", ["uncond:1", "data.after:3", "record.after:1"])
-@pytest.mark.parametrize("serial", [True, False])
+@pytest.mark.parametrize(("point", "serial"), [("uncond:1", True), ("data.after:3", False), ("record.after:1", True)])
 def test_a_killed_job_of_prompts_ends_with_the_same_bytes(
     point: str, serial: bool, new_job: NewJob, prompt_shards: Path, finished: EncodeJob
 ) -> None:
@@ -293,6 +293,20 @@ def test_the_tars_of_videos_are_not_read(
     assert process.code == 0, process.output
     assert job.result() == captions_of_videos.result()
     assert job.problems() == []
+
+
+@pytest.mark.parametrize("gone", ["000001.tar", "000001.json"])
+@pytest.mark.parametrize("workload", ["t2v", "text"])
+def test_a_shard_that_is_gone_is_the_users_to_bring_back(
+    workload: str, gone: str, shards: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended as the machine's trouble, with exit code 1."""
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    (copy / gone).unlink()
+    flags = ["--model-path", str(tiny_model), "--workload-type", workload]
+    assert cli.main(["encode", str(copy), str(tmp_path / "out"), *flags]) == 2
+    assert f"{copy}: 000001.tar or 000001.json is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_captions_are_the_same_with_their_videos_and_without(
