@@ -89,7 +89,7 @@ def describe(result: Forecast, config: EncodeSettings, contract: LatentContract)
         yield "sizes     height x width x frames: clips, enlarged, pixels lost by the crop, frames repeated by the rate"
     for bucket, entry in sorted(result.buckets.items()):
         yield (
-            f"  {bucket!s:16} {entry.num_clips} clips, {entry.num_enlarged} enlarged, "
+            f"  {bucket!s:16} {count(entry.num_clips, 'clip')}, {entry.num_enlarged} enlarged, "
             f"{entry.cropped / entry.num_clips:.1%} lost, {entry.repeated / entry.num_frames:.1%} repeated"
         )
     if set(result.windows) - {1}:

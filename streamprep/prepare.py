@@ -76,6 +76,7 @@ def plan_shards(
     Raises:
         UserError: if ``rules.where`` names a column that no sample has.
     """
+    where_of.cache_clear()  # it remembers the columns of the shards that were planned before
     left = max_samples
     for number, info in enumerate(manifest.shards):
         if left == 0:
@@ -85,7 +86,11 @@ def plan_shards(
         yield PlannedShard(info=info, index=index, plan=plan, limit=left if len(plan.samples) == left else None)
         left = None if left is None else left - len(plan.samples)
     if rules.where:
-        where_of(rules).check_known()
+        where = where_of(rules)
+        for info in manifest.shards:  # the limit may have left out those that have the column
+            if where.unknown:
+                where.keys_of(load_index(shards, info).samples)
+        where.check_known()
 
 
 def load_exporter(config: EncodeSettings) -> Any:
