@@ -239,7 +239,10 @@ def check_path(path: str, *, where: str, shown: str) -> None:
             "download the videos and list their paths"
         )
     if not _is_relative(path):
-        raise UserError(f"{where}: the video {shown!r} is not a relative path inside the dataset")
+        raise UserError(
+            f"{where}: the video {shown!r} is not a relative path inside the dataset: list paths below its folder, "
+            "without '..'"
+        )
 
 
 def _is_relative(path: str) -> bool:

@@ -137,7 +137,10 @@ def _read_companion(
     status_inside(listing.root, str(tar), links_into=listing.links_into)
     with open_regular(listing.root / tar) as file:
         try:
-            return {sample.key: _describe(file, sample, options, where=str(tar)) for sample in read_tar_samples(file)}
+            return {
+                sample.key: _describe(file, sample, options, where=f"{listing.root / tar}, {sample.key!r}")
+                for sample in read_tar_samples(file)
+            }
         except BadTarError as error:
             raise BadTarError(f"its metadata, {tar}: {error}") from error
 
