@@ -50,7 +50,7 @@ def probe_image(file: BinaryIO) -> VideoInfo:
     file.seek(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own
+            warnings.simplefilter("ignore")  # of sizes, where we have a limit of our own, and of damaged EXIF
             image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
             orientation, num_pictures = image.getexif().get(0x0112, 1), getattr(image, "n_frames", 1)
     except UnidentifiedImageError as error:

@@ -122,7 +122,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
 texts = st.text(max_size=20)
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 counts = st.integers(0, 2**40)
-scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | texts
+scalars = (
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | texts
+)
 settings_of_a_part = st.dictionaries(texts, scalars, max_size=4)
 
 units = st.builds(
