@@ -481,7 +481,7 @@ NOT_VIDEOS = {
 def test_all_else_is_refused_before_ffmpeg_sees_it(data, monkeypatch):
     monkeypatch.setattr(av, "open", None)
     assert sniff_container(data) is None
-    with pytest.raises(ProbeError, match="not a video: it begins with b'"):
+    with pytest.raises(ProbeError, match=r"not a video: it begins with b'|its header cannot be read"):  # of an image
         probe_video(io.BytesIO(data))
 
 
