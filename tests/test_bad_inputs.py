@@ -31,11 +31,12 @@ from test_probe import SDP, box
 
 from exporters.fastvideo import read_file
 from streamprep.cli import main
+from streamprep.decoder import InlineDecoder
 from streamprep.job import open_job
 from streamprep.manifest import load_index, load_manifest
-from streamprep.plan import SamplingRules
+from streamprep.plan import SamplingRules, plan_unit
 from streamprep.storage import Store
-from streamprep.stream import ClipStream
+from streamprep.stream import decode_units
 from streamprep.verify import verify_job
 
 pytest_plugins = ["jobs"]
@@ -378,10 +379,17 @@ def test_every_good_video_shows_the_right_frames(finished: Finished, request: py
         **RULES, video_length_tolerance_range=None, speed_factor=1.0, max_pixels=2**26, video_loader_type=loader
     )
     store = Store(finished.out / "_streamprep/shards")
-    samples = [sample for info in load_manifest(store).shards for sample in load_index(store, info).samples]
-    path_of_key = {sample.key: sample.metadata["file_name"] for sample in samples}
-    stream = ClipStream(str(store.root), rules, decode_timeout_seconds=5, decode_memory_bytes=480 * 2**20)
-    assert {path_of_key[clip.key]: read_numbers(clip.frames) for clip in stream} == finished.wanted
+    units = [plan_unit("000000", load_index(store, info), rules) for info in load_manifest(store).shards]
+    good = [
+        dataclasses.replace(unit, clips=tuple(clip for clip in unit.clips if clip.file_name in finished.wanted))
+        for unit in units
+    ]
+    shown = {
+        clip.file_name: read_numbers(decoded.frames)
+        for _, clip, decoded in decode_units(store, good, InlineDecoder())
+        if decoded.frames is not None
+    }
+    assert shown == finished.wanted
 
 
 def test_every_bad_file_is_recorded_with_a_reason_that_fits(finished: Finished) -> None:
