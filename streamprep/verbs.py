@@ -33,8 +33,8 @@ def pack(config: PackConfig) -> int:
     """Pack and print the totals."""
     manifest = pack_dataset(config)
     print(
-        f"{count(manifest.num_samples, 'video')}, {count(len(manifest.shards), 'shard')}, "
-        f"{size(manifest.size_bytes)} in {config.shards}"
+        f"{count(manifest.num_samples, 'caption' if config.captions_only else 'video')}, "
+        f"{count(len(manifest.shards), 'shard')}, {size(manifest.size_bytes)} in {config.shards}"
     )
     return 0
 
