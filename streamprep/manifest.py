@@ -102,12 +102,16 @@ def read_index(store: Store, shard: str, *, sha256: str) -> ShardIndex:
         UserError: if it is missing or another one by now, or the tar beside it is missing or of another size.
     """
     try:
-        data, found = store.read(index_name(shard)), store.size_bytes(shard)
-    except FileNotFoundError as error:
-        raise UserError(f"{store.url}: {shard} or {index_name(shard)} is missing ({error}): pack again") from error
+        data = store.read(index_name(shard))
+    except FileNotFoundError:
+        raise UserError(f"{store.url}/{index_name(shard)} is missing: pack again") from None
     if canonical.bytes_digest(data) != sha256:
         raise UserError(f"{store.url}/{index_name(shard)} is not the index it was, which {MANIFEST} names: pack again")
     index = ShardIndex.from_json(data)
+    try:
+        found = store.size_bytes(shard)
+    except FileNotFoundError:
+        raise UserError(f"{store.url}/{shard} is missing: pack again") from None
     if found != index.size_bytes:
         raise UserError(f"{store.url}/{shard} has {found} bytes, its index says {index.size_bytes}: pack again")
     return index

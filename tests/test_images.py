@@ -75,6 +75,7 @@ def test_an_image_is_a_video_of_one_frame(codec: str) -> None:
         rotation=0,
         codec=codec,
         variable_frame_rate=False,
+        media_type="image",
     )
     request = make_request(data)
     out = torch.empty(request.shape, dtype=torch.uint8)

@@ -106,7 +106,7 @@ def test_three_thousand_prompts_stay_in_order(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("p.txt", b"\xff\xfe\n", "p.txt is not UTF-8"),
-        ("p.csv", b"A dog.", "is neither a folder nor a .txt file with a prompt on each line"),
+        ("p.md", b"A dog.", r"is neither a folder, nor a manifest \(.*\), nor a .txt file with a prompt on each line"),
     ],
 )
 def test_a_file_that_is_no_list_of_prompts_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
