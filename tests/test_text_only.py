@@ -305,7 +305,7 @@ def test_a_shard_that_is_gone_is_the_users_to_bring_back(
     (copy / gone).unlink()
     flags = ["--model-path", str(tiny_model), "--workload-type", workload]
     assert cli.main(["encode", str(copy), str(tmp_path / "out"), *flags]) == 2
-    assert f"{copy}: 000001.tar or 000001.json is missing" in capsys.readouterr().err
+    assert f"{copy}/{gone} is missing: pack again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
