@@ -408,7 +408,7 @@ def test_samples_that_do_not_fulfil_the_condition_are_dropped_before_all_else() 
 
 
 def test_a_condition_that_cannot_be_evaluated_is_refused() -> None:
-    with pytest.raises(UserError, match="--where 'width >.: near .*syntax error"):
+    with pytest.raises(UserError, match=r"--where 'width >.: near .*syntax error"):
         plan_one(make_sample(), where="width >")
 
 
