@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from streamprep.columns import parse_names
 from streamprep.errors import UserError
 
+_LISTS = ("filters",)
 TEXT_DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -131,6 +132,9 @@ class EncodeSettings:
     """Drop videos that would be enlarged more than so many times; by default none."""
     where: str | None = None
     """Encode only samples of which this SQL expression is true, such as "aesthetic > 5 and duration < 20"."""
+    filters: tuple[str, ...] = ()
+    """Leave out what these filters exclude, one after the other: duration:2..10, size:256.., fps:10.., aspect:0.5..2,
+    black, static, duplicate-video, duplicate-caption, or MODULE:FUNCTION:ARGUMENT."""
     max_samples: int | None = None
     """Encode only the first so many."""
     caption: Literal["first", "random", "all"] = "first"
@@ -345,7 +349,8 @@ def _above_zero(**fields: float) -> None:
 def with_file_defaults(config: type, arguments: Sequence[str]) -> list[str]:
     """Take ``--config FILE`` out of a command line and put what the TOML file says before the other flags.
 
-    A flag given on the command line comes later and so has the last word.
+    A flag given on the command line comes later and so has the last word. A list would take in what follows it: it
+    comes last, unless the command line has one.
 
     Raises:
         UserError: if the file cannot be read, or says something that ``config`` has no field for.
@@ -361,17 +366,23 @@ def with_file_defaults(config: type, arguments: Sequence[str]) -> list[str]:
             path = argument.removeprefix("--config=")
         else:
             rest.append(argument)
-    return [*_read_flags(config, Path(path)), *rest] if path is not None else rest
+    if path is None:
+        return rest
+    flags, lists = _read_flags(config, Path(path))
+    named = {argument.partition("=")[0].replace("_", "-") for argument in rest}
+    return [*flags, *rest, *(word for flag, words in lists.items() if flag not in named for word in (flag, *words))]
 
 
-def _read_flags(config: type, path: Path) -> list[str]:
+def _read_flags(config: type, path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The flags of a TOML file, and its lists by flag."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the settings of {path}: {error}") from error
     positional: tuple[str, ...] = config.POSITIONAL  # type: ignore[attr-defined]
     names = {field.name for field in fields(config)} - {*positional}
-    flags = []
+    flags: list[str] = []
+    lists: dict[str, list[str]] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name in positional:
@@ -379,10 +390,14 @@ def _read_flags(config: type, path: Path) -> list[str]:
         if name not in names:
             raise UserError(f"{path}: no setting is called {key!r}; one of {', '.join(sorted(names))}")
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if name in _LISTS:
+            if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+                raise UserError(f"{path}: {key} must be a list of strings, got {value!r}")
+            lists[f"--{flag}"] = value
+        elif isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, (str, int, float)):
             flags.append(f"--{flag}={value}")
         else:
             raise UserError(f"{path}: {key} must be a string, a number or a boolean, got {value!r}")
-    return flags
+    return flags, lists

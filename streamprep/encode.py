@@ -7,8 +7,9 @@
 4. When a unit's files are visible, create its record: the commit.
 5. When all units have one, finalize.
 
-A batch keeps its planned size when a member turns out to be bad: the hole is filled with another member and the result
-thrown away. So a clip's latents do not depend on the health of its neighbours.
+A batch keeps its planned size when a member turns out to be bad, or is dropped for its frames (`streamprep.filters`):
+the hole is filled with another member and the result thrown away. So a clip's latents do not depend on the health of
+its neighbours.
 
 Where only captions are encoded nothing is read or decoded; the rest is the same.
 """
@@ -19,7 +20,7 @@ import dataclasses
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -38,12 +39,13 @@ from streamprep.decode_pool import DecodePool
 from streamprep.decoder import Decoder, InlineDecoder
 from streamprep.encoders import EncodeOptions, Encoder, open_encoder
 from streamprep.errors import BadSample, UserError
+from streamprep.filters import Filters
 from streamprep.finalize import Totals, finalize, leftovers, totals
 from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
-from streamprep.plan import ClipPlan, RowPlan, SamplingRules, TextPlan, UnitPlan
-from streamprep.prepare import fingerprint, load_exporter, plan_job, replan, rules_of
+from streamprep.plan import ClipPlan, Excluded, RowPlan, SamplingRules, TextPlan, UnitPlan
+from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size
 from streamprep.record import BadClip
 from streamprep.selfcheck import check_encoder, check_first_frame
@@ -67,6 +69,8 @@ class DecodedBatch:
     """Of all of them, holes filled; None if every clip is bad, or there are no clips."""
     bad: Mapping[str, BadSample] = dataclasses.field(default_factory=dict)
     """By the sample's key."""
+    dropped: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """By the sample's key, of those that filters leave out for their frames: (reason, message)."""
 
     @property
     def last(self) -> bool:
@@ -149,8 +153,10 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tu
         LatentMismatch: if what is encoded contradicts itself.
     """
     rules = rules_of(config, encoder.contract)
-    begun = job.find_job(out, fingerprint(config, encoder.contract, load_manifest(shards)))
-    plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract)
+    manifest = load_manifest(shards)
+    begun = job.find_job(out, fingerprint(config, encoder.contract, manifest))
+    filters = open_filters(shards, manifest, rules)
+    plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract, filters)
     units = begun.unfinished() if begun else list(plan.units)
     progress = Progress(total=plan.num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
     progress.message(_describe(plan, units, config, encoder.contract))
@@ -165,10 +171,11 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tu
             current, open_writer=_writer_opener(current, config), max_bad_fraction=config.max_bad_fraction
         ) as committer:
             if machinery is not None:
-                _encode_units(to_encode, committer, progress, config, rules, shards, machinery)
+                plans = (replan(shards, unit, rules, filters) for unit in claim(current, to_encode))
+                _encode_units(plans, to_encode, filters, committer, progress, config, shards, machinery)
             for unit in units:
                 if not unit.num_clips:
-                    committer.commit(replan(shards, unit, rules))
+                    committer.commit(replan(shards, unit, rules, filters))
             committer.check_any_rows()
     return current, len(units)
 
@@ -192,11 +199,12 @@ def _start_machinery(config: EncodeConfig, rules: SamplingRules, encoder: Encode
 
 
 def _encode_units(
+    plans: Iterator[UnitPlan],
     units: Sequence[Unit],
+    filters: Filters,
     committer: Committer,
     progress: Progress,
     config: EncodeConfig,
-    rules: SamplingRules,
     shards: Store,
     machinery: Machinery,
 ) -> None:
@@ -204,12 +212,12 @@ def _encode_units(
     _write_unconditional(committer.job, config, encoder)
     with progress:
         progress.already_done(progress.total - sum(unit.num_clips for unit in units))
-        plans = (replan(shards, unit, rules) for unit in claim(committer.job, units))
         buffers = FrameBuffers(pin=config.device != "cpu")
         if encoder.contract.video is None:
             batches = _batches_of_texts(plans)
         else:
-            collated = _collate(shards, plans, decoder, buffers, batch_size=config.preprocess_video_batch_size)
+            batch_size = config.preprocess_video_batch_size
+            collated = _collate(shards, plans, decoder, filters, buffers, batch_size=batch_size)
             batches = pipeline.stage("collate", collated, max_items=1)
         encoded = _encode(batches, encoder, buffers, config, committer.job.plan.columns)
         for batch in pipeline.stage("encode", encoded, max_items=2):
@@ -263,28 +271,38 @@ def _batches_of_texts(units: Iterator[UnitPlan]) -> Iterator[DecodedBatch]:
 
 
 def _collate(
-    shards: Store, units: Iterator[UnitPlan], decoder: Decoder, buffers: FrameBuffers, *, batch_size: int
+    shards: Store,
+    units: Iterator[UnitPlan],
+    decoder: Decoder,
+    filters: Filters,
+    buffers: FrameBuffers,
+    *,
+    batch_size: int,
 ) -> Iterator[DecodedBatch]:
-    """Decode the units' clips and put them together in their planned batches."""
+    """Decode the units' clips, look at their frames, and put them together in their planned batches."""
     results = decode_units(shards, units, decoder)
     for unit, first, decoded in results:
         for clips in unit.batches(batch_size):
             frames = buffers.take((len(clips), *clips[0].request.shape))
             bad: dict[str, BadSample] = {}
+            dropped: dict[str, tuple[str, str]] = {}
             for row, clip in enumerate(clips):
                 if clip is not first:
                     _, _, decoded = next(results)
                 if decoded.bad is not None:
                     bad[clip.key] = decoded.bad
-                else:
-                    assert decoded.frames is not None
-                    frames[row] = decoded.frames
+                    continue
+                assert decoded.frames is not None
+                frames[row] = decoded.frames
+                if (excluded := filters.excludes_frames(decoded.frames)) is not None:
+                    dropped[clip.key] = excluded
             yield DecodedBatch(
                 unit=unit,
                 samples=clips,
                 prompts=_distinct_prompts(unit.clips) if clips[0] is first else (),
-                frames=_fill_holes(clips, frames, bad),
+                frames=_fill_holes(clips, frames, {*bad, *dropped}),
                 bad=bad,
+                dropped=dropped,
             )
 
 
@@ -292,12 +310,12 @@ def _distinct_prompts(samples: Sequence[TextPlan]) -> list[str]:
     return list(dict.fromkeys(row.prompt for sample in samples for row in sample.rows))
 
 
-def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, bad: dict[str, BadSample]) -> ClipBatch | None:
-    good = [row for row, clip in enumerate(clips) if clip.key not in bad]
+def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, holes: Collection[str]) -> ClipBatch | None:
+    good = [row for row, clip in enumerate(clips) if clip.key not in holes]
     if not good:
         return None
     for row, clip in enumerate(clips):
-        if clip.key in bad:
+        if clip.key in holes:
             frames[row] = frames[good[0]]
     return ClipBatch(keys=tuple(clip.key for clip in clips), frames=frames)
 
@@ -318,8 +336,14 @@ def _encode(
         if batch.frames is not None:
             videos = encoder.encode_batch(batch.frames)
             buffers.give_back(batch.frames.frames)
-        samples, bad = [], []
+        samples, bad, dropped = [], [], []
         for sample, video in zip(batch.samples, videos, strict=True):
+            if sample.key in batch.dropped:
+                reason, message = batch.dropped[sample.key]
+                dropped += [
+                    Excluded(key=row.key, reason=reason, message=message, stage="decode") for row in sample.rows
+                ]
+                continue
             if encoder.contract.video is not None and video and sample.key not in batch.bad:
                 check_first_frame(encoder.contract.video, video, sample.key)
             for row in sample.rows:
@@ -334,6 +358,7 @@ def _encode(
             unit=batch.unit,
             samples=tuple(samples),
             bad=tuple(bad),
+            dropped=tuple(dropped),
             num_samples=len(batch.samples),
             last=batch.last,
         )

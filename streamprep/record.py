@@ -43,6 +43,7 @@ class Record:
     bad: Mapping[str, int]
     """How many for each reason."""
     dropped: tuple[Excluded, ...]
+    """By the plan, and after decoding."""
     quarantine: QuarantineFile | None
     seconds: Mapping[str, float]
     """Time per stage."""
@@ -51,6 +52,11 @@ class Record:
     def num_rows(self) -> int:
         """In all files."""
         return sum(len(file.rows) for file in self.files)
+
+    @property
+    def dropped_rows(self) -> list[Excluded]:
+        """Rows that were planned and then dropped for their frames."""
+        return [item for item in self.dropped if item.stage != "plan"]
 
     @property
     def num_bad(self) -> int:
@@ -73,7 +79,7 @@ class Record:
                 for file in self.files
             ],
             "bad": dict(self.bad),
-            "dropped": [[item.key, item.reason, item.message] for item in self.dropped],
+            "dropped": [[item.key, item.reason, item.message, item.stage] for item in self.dropped],
             "quarantine": dataclasses.asdict(self.quarantine) if self.quarantine else None,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
@@ -98,7 +104,8 @@ class Record:
             ),
             bad=value["bad"],
             dropped=tuple(
-                Excluded(key=key, reason=reason, message=message) for key, reason, message in value["dropped"]
+                Excluded(key=key, reason=reason, message=message, stage=stage)
+                for key, reason, message, stage in value["dropped"]
             ),
             quarantine=QuarantineFile(**value["quarantine"]) if value["quarantine"] else None,
             seconds=value["seconds"],
