@@ -8,7 +8,7 @@
 5. When all units have one, finalize.
 
 A batch keeps its planned size when a member turns out to be bad: the hole is filled with another member and the result
-thrown away. So a clip's latents do not depend on the health of its neighbours.
+thrown away. So a clip's latents do not depend on the health of its neighbours, nor on whether it is encoded in a retry.
 
 Where only captions are encoded nothing is read or decoded; the rest is the same.
 """
@@ -38,7 +38,7 @@ from streamprep.decode_pool import DecodePool
 from streamprep.decoder import Decoder, InlineDecoder
 from streamprep.encoders import EncodeOptions, Encoder, open_encoder
 from streamprep.errors import BadSample, UserError
-from streamprep.finalize import Totals, finalize, leftovers, totals
+from streamprep.finalize import Totals, finalize, is_finalized, leftovers, totals
 from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
@@ -64,7 +64,9 @@ class DecodedBatch:
     prompts: Sequence[str]
     """Distinct ones to embed first; for clips all of the unit's, with its first batch."""
     frames: ClipBatch | None = None
-    """Of all of them, holes filled; None if every clip is bad, or there are no clips."""
+    """Of the planned batch, holes filled; None if every clip is bad, or there are no clips."""
+    places: Sequence[int] = ()
+    """Of the samples in ``frames``."""
     bad: Mapping[str, BadSample] = dataclasses.field(default_factory=dict)
     """By the sample's key."""
 
@@ -96,11 +98,37 @@ def encode(config: EncodeConfig) -> Totals:
     load_exporter(config)
     rules_of(config, describe_model(config))  # sizes that don't fit are refused before weights are downloaded
     encoder = open_encoder(config.model_path, _options(config))
-    was_done = out.exists(job.SUCCESS) and out.exists(job.INDEX)
     current, num_encoded = run(config, shards, out, encoder)
-    if was_done and not num_encoded and not leftovers(current):
+    if not num_encoded and is_finalized(current) and not leftovers(current):
         return totals(current)
     return finalize(current)
+
+
+def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, title: str) -> None:
+    """Encode units of a retry.
+
+    Args:
+        config: The job's, where it matters.
+        current: The job.
+        units: At least one.
+        title: Said first.
+
+    Raises:
+        UserError: before anything is written, if model or shards are not those of the job.
+    """
+    shards = open_store(config.shards)
+    config = settle(config, current.store)
+    encoder = open_encoder(config.model_path, _options(config))
+    now = fingerprint(config, encoder.contract, load_manifest(shards))
+    job.check_same(current.store, current.plan.fingerprint, now)
+    rules, num_clips = rules_of(config, encoder.contract), sum(unit.num_clips for unit in units)
+    progress = Progress(total=num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
+    progress.message(title)
+    _warn_of_other_versions(current.plan, progress, needed=True)
+    with _start_machinery(config, rules, encoder) as machinery:
+        current.store.remove_unpublished()
+        with Committer(current, open_writer=_writer_opener(current, config), max_bad_fraction=None) as committer:
+            _encode_units(units, committer, progress, config, rules, shards, machinery)
 
 
 def describe_model(config: EncodeSettings) -> LatentContract:
@@ -268,10 +296,12 @@ def _collate(
     """Decode the units' clips and put them together in their planned batches."""
     results = decode_units(shards, units, decoder)
     for unit, first, decoded in results:
-        for clips in unit.batches(batch_size):
-            frames = buffers.take((len(clips), *clips[0].request.shape))
+        for batch in unit.batches(batch_size):
+            clips = {place: clip for place, clip in enumerate(batch) if clip is not None}
+            samples = list(clips.values())
+            frames = buffers.take((len(batch), *samples[0].request.shape))
             bad: dict[str, BadSample] = {}
-            for row, clip in enumerate(clips):
+            for row, clip in clips.items():
                 if clip is not first:
                     _, _, decoded = next(results)
                 if decoded.bad is not None:
@@ -281,9 +311,10 @@ def _collate(
                     frames[row] = decoded.frames
             yield DecodedBatch(
                 unit=unit,
-                samples=clips,
-                prompts=_distinct_prompts(unit.clips) if clips[0] is first else (),
-                frames=_fill_holes(clips, frames, bad),
+                samples=samples,
+                prompts=_distinct_prompts(unit.clips) if samples[0] is first else (),
+                frames=_fill_holes({row: clip.key for row, clip in clips.items() if clip.key not in bad}, frames),
+                places=list(clips),
                 bad=bad,
             )
 
@@ -292,14 +323,15 @@ def _distinct_prompts(samples: Sequence[TextPlan]) -> list[str]:
     return list(dict.fromkeys(row.prompt for sample in samples for row in sample.rows))
 
 
-def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, bad: dict[str, BadSample]) -> ClipBatch | None:
-    good = [row for row, clip in enumerate(clips) if clip.key not in bad]
+def _fill_holes(good: Mapping[int, str], frames: Tensor) -> ClipBatch | None:
+    """A batch of which only these rows hold what they should: {row: key}."""
     if not good:
         return None
-    for row, clip in enumerate(clips):
-        if clip.key in bad:
-            frames[row] = frames[good[0]]
-    return ClipBatch(keys=tuple(clip.key for clip in clips), frames=frames)
+    filler = next(iter(good))
+    for row in range(len(frames)):
+        if row not in good:
+            frames[row] = frames[filler]
+    return ClipBatch(keys=tuple(good.get(row, "") for row in range(len(frames))), frames=frames)
 
 
 def _encode(
@@ -316,7 +348,8 @@ def _encode(
             texts = dict(zip(batch.prompts, encoder.encode_text(batch.prompts), strict=True))
         videos: Sequence[dict[str, Tensor]] = [{}] * len(batch.samples)
         if batch.frames is not None:
-            videos = encoder.encode_batch(batch.frames)
+            encoded = encoder.encode_batch(batch.frames)
+            videos = [encoded[place] for place in batch.places]
             buffers.give_back(batch.frames.frames)
         samples, bad = [], []
         for sample, video in zip(batch.samples, videos, strict=True):
