@@ -43,6 +43,7 @@ VERBS = {
     "index": Verb(configs.IndexConfig, "streamprep.verbs:index", "tar shards of other programs -> shards to encode"),
     "encode": Verb(configs.EncodeConfig, "streamprep.verbs:encode", "shards -> latents and embeddings"),
     "run": Verb(configs.RunConfig, "streamprep.verbs:run", "pack + encode"),
+    "retry": Verb(configs.RetryConfig, "streamprep.verbs:retry", "encode again what was bad"),
     "status": Verb(configs.StatusConfig, "streamprep.verbs:status", "how far a job is"),
     "verify": Verb(configs.VerifyConfig, "streamprep.verbs:verify", "check an output, or shards, against its records"),
     "finalize": Verb(configs.FinalizeConfig, "streamprep.verbs:finalize", "finish a job by hand"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +17,10 @@ from streamprep.types import EncodedSample, ShardWriter, WrittenFile
 
 _ALWAYS_ALLOWED_BAD = 20
 _EXAMPLES = 5
+_NEXT_STEP = (
+    "When the cause is gone (more --decode-timeout or --decode-memory-mb, a repaired shard), `streamprep retry {out}` "
+    "tries them again and lets the job go on"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +44,13 @@ class Committer:
 
     Args:
         current: The job.
-        open_writer: Unit -> the exporter's writer.
-        max_bad_fraction: Of all attempted samples; 20 are always allowed.
+        open_writer: Unit -> the exporter's writer. None writes nothing, to know the limit only.
+        max_bad_fraction: Of all attempted samples; 20 are always allowed. None knows no limit.
     """
 
-    def __init__(self, current: Job, *, open_writer: Callable[[str], ShardWriter], max_bad_fraction: float) -> None:
+    def __init__(
+        self, current: Job, *, open_writer: Callable[[str], ShardWriter] | None, max_bad_fraction: float | None
+    ) -> None:
         self.job = current
         self._open_writer = open_writer
         self._max_bad_fraction = max_bad_fraction
@@ -62,6 +67,7 @@ class Committer:
             TooManyBadSamples: if this one was too many.
         """
         if self._writer is None:
+            assert self._open_writer is not None
             self._writer = self._open_writer(batch.unit.id)
         for sample in batch.samples:
             self._writer.write(sample)
@@ -95,7 +101,9 @@ class Committer:
             dropped=(*unit.dropped, *self._unit_dropped),
             quarantine=self.job.write_quarantine(unit.id, self._unit_bad),
             seconds={"unit": time.monotonic() - self._unit_began},
+            retried=unit.retried,
         )
+        self._bad.subtract(unit.retried)
         if not self.job.commit(record):
             self._give_way(record)
         self._unit_bad, self._unit_dropped = [], []
@@ -107,6 +115,8 @@ class Committer:
         Raises:
             TooManyBadSamples: and leaves ``stop.json`` with the reasons.
         """
+        if self._max_bad_fraction is None:
+            return
         num_bad = self._bad.total()
         attempted = num_bad + self._num_rows + self._num_dropped
         if num_bad > max(_ALWAYS_ALLOWED_BAD, self._max_bad_fraction * attempted):
@@ -122,7 +132,7 @@ class Committer:
             TooManyBadSamples: and leaves ``stop.json`` with the reasons.
         """
         self._count_committed()
-        if self._bad and not self._num_rows and not self._num_dropped:
+        if self._bad.total() and not self._num_rows and not self._num_dropped:
             self._stop(f"all {self._bad.total()} samples are bad: nothing was encoded")
 
     def __enter__(self) -> Committer:
@@ -137,21 +147,21 @@ class Committer:
         records = list(self.job.records())
         self._num_rows = sum(record.num_rows for record in records)
         self._num_dropped = sum(len(record.dropped_rows) for record in records)
-        self._bad = Counter(job.total(record.bad for record in records))
+        self._bad = Counter(job.bad_now(records))
 
     def _note_bad(self, bad: Sequence[BadClip]) -> None:
         self._unit_bad += bad
         self._bad.update(clip.reason for clip in bad)
 
     def _stop(self, message: str) -> None:
-        reasons = ", ".join(f"{reason} {number}" for reason, number in self._bad.most_common())
-        committed = (clip for record in self.job.records() for clip in self.job.read_quarantine(record))
-        clips = list(itertools.islice(itertools.chain(self._unit_bad, committed), _EXAMPLES))
+        bad = {reason: number for reason, number in self._bad.most_common() if number}
+        reasons = ", ".join(f"{reason} {number}" for reason, number in bad.items())
+        clips = [*self._unit_bad, *self.job.bad_clips().values()][:_EXAMPLES]
         examples = "".join(f"\n  {clip.key}: {clip.reason}: {clip.exception}" for clip in clips)
         stop: dict[str, Any] = {
-            "message": f"{message} ({reasons}){examples}",
+            "message": f"{message} ({reasons}){examples}\n{_NEXT_STEP.format(out=self.job.store.url)}",
             "max_bad_fraction": self._max_bad_fraction,
-            "bad": dict(self._bad.most_common()),
+            "bad": bad,
             "num_rows": self._num_rows,
             "examples": [asdict(clip) for clip in clips],
         }

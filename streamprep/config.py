@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from streamprep.columns import parse_names
 from streamprep.errors import UserError
@@ -286,6 +286,48 @@ class RunConfig(EncodeSettings, PackSettings):
     def __post_init__(self) -> None:
         PackSettings.__post_init__(self)
         EncodeSettings.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """Encode the bad samples of a job again: after a larger limit, or once a shard is repaired.
+
+    Example: streamprep retry out --reason decoder_timeout --decode-timeout 600
+
+    Everything that decides the latents is as the job has it. What is encoded now is a row and no longer bad; what fails
+    again stays bad. Running the same command again goes on where it was stopped.
+    """
+
+    POSITIONAL: ClassVar = ("out",)
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """Output of `streamprep encode`."""
+    reason: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """Only samples that are bad for this reason; may be given several times. By default for any."""
+    decode_timeout: float | None = None
+    """Seconds one clip may take to decode; by default as for the job, and so all that follow."""
+    decode_memory_mb: int | None = None
+    """MiB a decoding process may take beyond what it starts with."""
+    dataloader_num_workers: Annotated[int | None, arg(aliases=("--num-workers",))] = None
+    """Decoding processes; 0 chooses by the number of cores."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; of the kind that the job runs on."""
+    max_bad_fraction: float | None = None
+    """If the job was stopped for its bad samples: the share of them with which it may go on."""
+    model_path: str | None = None
+    """Where the same model is now, if it was moved."""
+    shards: str | None = None
+    """Where the same shards are now, if they were moved."""
+    serial: bool = False
+    """Decode, encode and write one after the other in this process; for debugging."""
+
+    def __post_init__(self) -> None:
+        if self.max_bad_fraction is not None:
+            _at_least(0, max_bad_fraction=self.max_bad_fraction)
+            _at_most(1, max_bad_fraction=self.max_bad_fraction)
+        if self.decode_timeout is not None:
+            _above_zero(decode_timeout=self.decode_timeout)
+        if self.decode_memory_mb is not None:
+            _at_least(1, decode_memory_mb=self.decode_memory_mb)
 
 
 @dataclass(frozen=True, kw_only=True)

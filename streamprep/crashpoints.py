@@ -18,7 +18,9 @@ PACK_STEPS = ("pack", "skipped", "shard", "shard_index", "manifest")
 JOB_STEPS = ("plan", "uncond", "data", "quarantine", "record", "delete", "index", "success", "stop")
 """plan.json, the unconditional embedding, one data file, one quarantine file, one record, one leftover deleted by
 finalize, index.parquet, SUCCESS.json, stop.json."""
-POINTS = tuple(point for step in PACK_STEPS + JOB_STEPS for point in (step, f"{step}.after"))
+RETRY_STEPS = ("retry",)
+"""retry/r1.json; then those of a job."""
+POINTS = tuple(point for step in PACK_STEPS + JOB_STEPS + RETRY_STEPS for point in (step, f"{step}.after"))
 
 _passes: dict[str, int] = {}
 

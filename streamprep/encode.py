@@ -9,7 +9,7 @@
 
 A batch keeps its planned size when a member turns out to be bad, or is dropped for its frames (`streamprep.filters`):
 the hole is filled with another member and the result thrown away. So a clip's latents do not depend on the health of
-its neighbours.
+its neighbours, nor on whether it is encoded in a retry.
 
 Where only captions are encoded nothing is read or decoded; the rest is the same.
 """
@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ from streamprep.decoder import Decoder, InlineDecoder
 from streamprep.encoders import EncodeOptions, Encoder, open_encoder
 from streamprep.errors import BadSample, UserError
 from streamprep.filters import Filters
-from streamprep.finalize import Totals, finalize, leftovers, totals
+from streamprep.finalize import Totals, finalize, is_finalized, leftovers, totals
 from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
@@ -66,7 +66,9 @@ class DecodedBatch:
     prompts: Sequence[str]
     """Distinct ones to embed first; for clips all of the unit's, with its first batch."""
     frames: ClipBatch | None = None
-    """Of all of them, holes filled; None if every clip is bad, or there are no clips."""
+    """Of the planned batch, holes filled; None if every clip is bad, or there are no clips."""
+    places: Sequence[int] = ()
+    """Of the samples in ``frames``."""
     bad: Mapping[str, BadSample] = dataclasses.field(default_factory=dict)
     """By the sample's key."""
     dropped: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
@@ -100,11 +102,39 @@ def encode(config: EncodeConfig) -> Totals:
     load_exporter(config)
     rules_of(config, describe_model(config))  # sizes that don't fit are refused before weights are downloaded
     encoder = open_encoder(config.model_path, _options(config))
-    was_done = out.exists(job.SUCCESS) and out.exists(job.INDEX)
     current, num_encoded = run(config, shards, out, encoder)
-    if was_done and not num_encoded and not leftovers(current):
+    if not num_encoded and is_finalized(current) and not leftovers(current):
         return totals(current)
     return finalize(current)
+
+
+def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, title: str) -> None:
+    """Encode units of a retry.
+
+    Args:
+        config: The job's, where it matters.
+        current: The job.
+        units: At least one.
+        title: Said first.
+
+    Raises:
+        UserError: before anything is written, if model or shards are not those of the job.
+    """
+    shards = open_store(config.shards)
+    config = settle(config, current.store)
+    encoder = open_encoder(config.model_path, _options(config))
+    manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
+    job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
+    filters = open_filters(shards, manifest, rules)
+    num_clips = sum(unit.num_clips for unit in units)
+    progress = Progress(total=num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
+    progress.message(title)
+    _warn_of_other_versions(current.plan, progress, needed=True)
+    with _start_machinery(config, rules, encoder) as machinery:
+        current.store.remove_unpublished()
+        with Committer(current, open_writer=_writer_opener(current, config), max_bad_fraction=None) as committer:
+            plans = (replan(shards, unit, rules, filters) for unit in claim(current, units))
+            _encode_units(plans, units, filters, committer, progress, config, shards, machinery)
 
 
 def describe_model(config: EncodeSettings) -> LatentContract:
@@ -282,11 +312,13 @@ def _collate(
     """Decode the units' clips, look at their frames, and put them together in their planned batches."""
     results = decode_units(shards, units, decoder)
     for unit, first, decoded in results:
-        for clips in unit.batches(batch_size):
-            frames = buffers.take((len(clips), *clips[0].request.shape))
+        for batch in unit.batches(batch_size):
+            clips = {place: clip for place, clip in enumerate(batch) if clip is not None}
+            samples = list(clips.values())
+            frames = buffers.take((len(batch), *samples[0].request.shape))
             bad: dict[str, BadSample] = {}
             dropped: dict[str, tuple[str, str]] = {}
-            for row, clip in enumerate(clips):
+            for row, clip in clips.items():
                 if clip is not first:
                     _, _, decoded = next(results)
                 if decoded.bad is not None:
@@ -298,9 +330,10 @@ def _collate(
                     dropped[clip.key] = excluded
             yield DecodedBatch(
                 unit=unit,
-                samples=clips,
-                prompts=_distinct_prompts(unit.clips) if clips[0] is first else (),
-                frames=_fill_holes(clips, frames, {*bad, *dropped}),
+                samples=samples,
+                prompts=_distinct_prompts(unit.clips) if samples[0] is first else (),
+                frames=_fill_holes({row: c.key for row, c in clips.items() if c.key not in {*bad, *dropped}}, frames),
+                places=list(clips),
                 bad=bad,
                 dropped=dropped,
             )
@@ -310,14 +343,15 @@ def _distinct_prompts(samples: Sequence[TextPlan]) -> list[str]:
     return list(dict.fromkeys(row.prompt for sample in samples for row in sample.rows))
 
 
-def _fill_holes(clips: Sequence[ClipPlan], frames: Tensor, holes: Collection[str]) -> ClipBatch | None:
-    good = [row for row, clip in enumerate(clips) if clip.key not in holes]
+def _fill_holes(good: Mapping[int, str], frames: Tensor) -> ClipBatch | None:
+    """A batch of which only these rows hold what they should: {row: key}."""
     if not good:
         return None
-    for row, clip in enumerate(clips):
-        if clip.key in holes:
-            frames[row] = frames[good[0]]
-    return ClipBatch(keys=tuple(clip.key for clip in clips), frames=frames)
+    filler = next(iter(good))
+    for row in range(len(frames)):
+        if row not in good:
+            frames[row] = frames[filler]
+    return ClipBatch(keys=tuple(good.get(row, "") for row in range(len(frames))), frames=frames)
 
 
 def _encode(
@@ -334,7 +368,8 @@ def _encode(
             texts = dict(zip(batch.prompts, encoder.encode_text(batch.prompts), strict=True))
         videos: Sequence[dict[str, Tensor]] = [{}] * len(batch.samples)
         if batch.frames is not None:
-            videos = encoder.encode_batch(batch.frames)
+            encoded = encoder.encode_batch(batch.frames)
+            videos = [encoded[place] for place in batch.places]
             buffers.give_back(batch.frames.frames)
         samples, bad, dropped = [], [], []
         for sample, video in zip(batch.samples, videos, strict=True):

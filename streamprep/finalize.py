@@ -31,7 +31,7 @@ class Totals:
     num_files: int
     size_bytes: int
     bad: Mapping[str, int]
-    """How many samples for each reason."""
+    """How many samples for each reason, after all retries."""
     dropped: Mapping[str, int]
     """How many samples for each reason."""
 
@@ -56,18 +56,15 @@ def finalize(current: Job) -> Totals:
     _delete_leftovers(current)
     current.store.put(job.INDEX, _index(records), step="index")
     result = _total(records)
-    success = {
-        "format": "streamprep-success/1",
-        **dataclasses.asdict(result),
-        "num_units": len(records),
-        "files": [
-            {"name": file.name, "sha256": file.sha256, "num_rows": len(file.rows)}
-            for record in records
-            for file in record.files
-        ],
-    }
-    current.store.put(job.SUCCESS, canonical.to_pretty_json(success), step="success")
+    current.store.put(job.SUCCESS, _success(records), step="success")
     return result
+
+
+def is_finalized(current: Job) -> bool:
+    """Whether a job has ended, and no unit has been committed since."""
+    if current.unfinished() or not current.store.exists(job.INDEX) or not current.store.exists(job.SUCCESS):
+        return False
+    return current.store.read(job.SUCCESS) == _success(list(current.records()))
 
 
 def totals(current: Job) -> Totals:
@@ -100,9 +97,24 @@ def _total(records: Sequence[Record]) -> Totals:
         num_rows=sum(record.num_rows for record in records),
         num_files=sum(len(record.files) for record in records),
         size_bytes=sum(file.size_bytes for record in records for file in record.files),
-        bad=job.total(record.bad for record in records),
+        bad=job.bad_now(records),
         dropped=job.total(Counter(item.reason for item in record.dropped) for record in records),
     )
+
+
+def _success(records: Sequence[Record]) -> bytes:
+    """``SUCCESS.json``, which follows from the records."""
+    value = {
+        "format": "streamprep-success/1",
+        **dataclasses.asdict(_total(records)),
+        "num_units": len(records),
+        "files": [
+            {"name": file.name, "sha256": file.sha256, "num_rows": len(file.rows)}
+            for record in records
+            for file in record.files
+        ],
+    }
+    return canonical.to_pretty_json(value)
 
 
 def _index(records: Sequence[Record]) -> bytes:

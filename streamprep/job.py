@@ -5,12 +5,15 @@ the same output must have the same fingerprint.
 
 ``_streamprep/records/UNIT.json`` is the commit of a unit, created only if absent after all its files are visible. What
 no record names does not exist. So a process may die anywhere: work is done at least once, rows are there exactly once.
+
+``_streamprep/retry/r1.json`` plans units ``000012.r1``: the bad samples of unit 000012, tried again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import platform
 import re
@@ -30,16 +33,19 @@ FOLDER = "_streamprep"
 PLAN = f"{FOLDER}/plan.json"
 RECORDS = f"{FOLDER}/records"
 QUARANTINE = f"{FOLDER}/quarantine"
+RETRIES = f"{FOLDER}/retry"
 STOP = f"{FOLDER}/stop.json"
 INDEX = f"{FOLDER}/index.parquet"
 SUCCESS = f"{FOLDER}/SUCCESS.json"
 
 PLAN_FORMAT = "streamprep-plan/1"
+RETRY_FORMAT = "streamprep-retry/1"
 
-UNIT_FILE = re.compile(r"(?P<unit>\d{6})-(\d{5}-)?[0-9a-f]{8}\.[a-z.]+")
+UNIT_FILE = re.compile(r"(?P<unit>\d{6}(\.r\d+)?)-(\d{5}-)?[0-9a-f]{8}\.[a-z.]+")
 """The only names `finalize` may delete: a unit's data file or quarantine file, which carry their content's digest."""
 
-_RECORD_FILE = re.compile(rf"{RECORDS}/\d{{6}}\.json")
+_RECORD_FILE = re.compile(rf"{RECORDS}/\d{{6}}(\.r\d+)?\.json")
+_RETRY_FILE = re.compile(rf"{RETRIES}/r\d+\.json")
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """Everything that decides the output's bytes, by part: model, video, text, image, sampling, export, inputs."""
@@ -65,6 +71,21 @@ class Unit:
     """A clip gives a row for each caption that was chosen for it."""
     rows_sha256: str
     """Of the keys of its rows: `keys_digest`."""
+    keys: tuple[str, ...] | None = None
+    """In a retry: of the rows that were bad, which are all of it."""
+    retried: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """In a retry: what they were bad for."""
+
+    @property
+    def original(self) -> str:
+        """The unit of the plan that this one is a retry of: ``000012`` of ``000012.r1``."""
+        return self.id.partition(".")[0]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Unit:
+        """The reverse of `dataclasses.asdict`, out of JSON."""
+        keys = value.pop("keys", None)
+        return cls(keys=None if keys is None else tuple(keys), **value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +132,36 @@ class JobPlan:
         value = json.loads(data)
         if value.pop("format", None) != PLAN_FORMAT:
             raise ValueError(f"not a plan of format {PLAN_FORMAT}")
-        units = tuple(Unit(**unit) for unit in value.pop("units"))
+        units = tuple(Unit.from_json(unit) for unit in value.pop("units"))
         return cls(units=units, **value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One retry: bad samples that are tried again, by a plan derived from the job's; never changes."""
+
+    number: int
+    reasons: tuple[str, ...]
+    """That were asked for; none for all."""
+    units: tuple[Unit, ...]
+
+    @property
+    def name(self) -> str:
+        """``r1``, as in the names of its units."""
+        return f"r{self.number}"
+
+    def to_json(self) -> bytes:
+        """The content of ``retry/r1.json``."""
+        return canonical.to_pretty_json({"format": RETRY_FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Round:
+        """The reverse of `to_json`; `ValueError` if it is not one."""
+        value = json.loads(data)
+        if value.get("format") != RETRY_FORMAT:
+            raise ValueError(f"not a retry of format {RETRY_FORMAT}")
+        units = tuple(Unit.from_json(unit) for unit in value["units"])
+        return cls(number=value["number"], reasons=tuple(value["reasons"]), units=units)
 
 
 class Job:
@@ -140,9 +189,37 @@ class Job:
             yield Record.from_json(self.store.read(entry.path))
 
     def unfinished(self) -> list[Unit]:
-        """The units without a record, in the plan's order."""
+        """The units of the plan without a record, in its order."""
+        return self.without_record(self.plan.units)
+
+    def without_record(self, units: Iterable[Unit]) -> list[Unit]:
+        """Those of some units that have none."""
         finished = {entry.path for entry in self.store.list(RECORDS)}
-        return [unit for unit in self.plan.units if f"{RECORDS}/{unit.id}.json" not in finished]
+        return [unit for unit in units if f"{RECORDS}/{unit.id}.json" not in finished]
+
+    def rounds(self) -> list[Round]:
+        """The retries there are, finished or not, the first one first."""
+        paths = [entry.path for entry in self.store.list(RETRIES) if _RETRY_FILE.fullmatch(entry.path)]
+        return sorted((Round.from_json(self.store.read(path)) for path in paths), key=lambda one: one.number)
+
+    def add_round(self, wanted: Round) -> Round:
+        """Create a retry; the one of that number that another process has created first, if one has."""
+        path = f"{RETRIES}/{wanted.name}.json"
+        if self.store.put_if_absent(path, wanted.to_json(), step="retry"):
+            return wanted
+        return Round.from_json(self.store.read(path))
+
+    def bad_clips(self) -> dict[tuple[str, str], BadClip]:
+        """What is bad now, by (unit of the plan, key): without what a retry has encoded, for the latest reason."""
+        records = {record.unit: record for record in self.records()}
+        bad: dict[tuple[str, str], BadClip] = {}
+        for unit in itertools.chain(self.plan.units, *(one.units for one in self.rounds())):
+            record = records.get(unit.id)
+            if record is not None:
+                for key in unit.keys or ():
+                    bad.pop((unit.original, key), None)
+                bad |= {(unit.original, clip.key): clip for clip in self.read_quarantine(record)}
+        return bad
 
     def commit(self, record: Record) -> bool:
         """Create a unit's record; False if another process was first, whose record then counts."""
@@ -251,6 +328,15 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def bad_now(records: Iterable[Record]) -> dict[str, int]:
+    """How many samples are bad for each reason: what was tried again counts as it ended."""
+    counter: Counter[str] = Counter()
+    for record in records:
+        counter.update(record.bad)
+        counter.subtract(record.retried)
+    return {reason: number for reason, number in counter.most_common() if number > 0}
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from streamprep.buckets import Bucket, choose_bucket, upscaling
 from streamprep.errors import BAD_REASONS, BadSample
@@ -145,6 +145,9 @@ class ClipPlan(TextPlan):
         return Bucket(self.request.height, self.request.width, len(self.request.timestamps))
 
 
+_Planned = TypeVar("_Planned", bound=TextPlan)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitPlan:
     """Every decision about one shard."""
@@ -158,6 +161,30 @@ class UnitPlan:
     dropped: tuple[Excluded, ...]
     bad: tuple[Excluded, ...]
     """Known to be bad without decoding: no readable header, or one that contradicts the dataset."""
+    retried: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """In a retry: how many of its rows were bad for each reason."""
+    batched: tuple[ClipPlan, ...] | None = None
+    """In a retry: all clips of the unit, in whose batches its own have their places."""
+
+    def only(self, keys: Collection[str], retried: Mapping[str, int]) -> UnitPlan:
+        """A retry of some of its rows; everything else about it is known already."""
+
+        def chosen(samples: Sequence[_Planned]) -> tuple[_Planned, ...]:
+            found = (
+                dataclasses.replace(sample, rows=tuple(row for row in sample.rows if row.key in keys), unusable=())
+                for sample in samples
+            )
+            return tuple(sample for sample in found if sample.rows)
+
+        return dataclasses.replace(
+            self,
+            clips=chosen(self.clips),
+            texts=chosen(self.texts),
+            dropped=(),
+            bad=(),
+            retried=retried,
+            batched=self.clips,
+        )
 
     @property
     def samples(self) -> Sequence[TextPlan]:
@@ -169,11 +196,17 @@ class UnitPlan:
         """Of all its samples, in their order."""
         return (row for sample in self.samples for row in sample.rows)
 
-    def batches(self, size: int) -> Iterator[Sequence[ClipPlan]]:
-        """The clips, at most ``size`` of one bucket at a time. Batches never cross a unit."""
-        for _, clips in itertools.groupby(self.clips, key=lambda clip: clip.bucket):
-            while batch := list(itertools.islice(clips, size)):
-                yield batch
+    def batches(self, size: int) -> Iterator[Sequence[ClipPlan | None]]:
+        """The clips, at most ``size`` of one bucket at a time. Batches never cross a unit.
+
+        In a retry they are those of the unit, with None for what is not tried again: so latents are what they would
+        have been.
+        """
+        mine = {clip.key: clip for clip in self.clips}
+        for _, clips in itertools.groupby(self.batched or self.clips, key=lambda clip: clip.bucket):
+            while batch := [mine.get(clip.key) for clip in itertools.islice(clips, size)]:
+                if any(batch):
+                    yield batch
 
 
 def plan_unit(

@@ -142,6 +142,8 @@ def replan(shards: Store, unit: Unit, rules: SamplingRules, filters: Filters) ->
     """The decisions about one unit, which follow from its index (and what the filters saw) again and again."""
     index = read_index(shards, unit.shard, sha256=unit.index_sha256)
     plan = plan_unit(unit.id, index, rules, filters, limit=unit.limit)
+    if unit.keys is not None:
+        plan = plan.only(frozenset(unit.keys), unit.retried)
     assert job.keys_digest(row.key for row in plan.rows) == unit.rows_sha256, f"unit {unit.id} is planned otherwise"
     return plan
 

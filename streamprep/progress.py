@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ class Progress:
 def count(number: int, noun: str) -> str:
     """``1 shard``, ``2 shards``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
+
+
+def by_reason(reasons: Mapping[str, int]) -> str:
+    """``2 decode_error, 1 truncated``."""
+    return ", ".join(f"{number} {reason}" for reason, number in reasons.items())
 
 
 def size(num_bytes: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamprep import canonical
@@ -47,6 +47,8 @@ class Record:
     quarantine: QuarantineFile | None
     seconds: Mapping[str, float]
     """Time per stage."""
+    retried: Mapping[str, int] = field(default_factory=dict)
+    """In a retry: how many of its samples were bad for each reason, and no longer count for it."""
 
     @property
     def num_rows(self) -> int:
@@ -79,6 +81,7 @@ class Record:
                 for file in self.files
             ],
             "bad": dict(self.bad),
+            "retried": dict(self.retried),
             "dropped": [[item.key, item.reason, item.message, item.stage] for item in self.dropped],
             "quarantine": dataclasses.asdict(self.quarantine) if self.quarantine else None,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
@@ -109,6 +112,7 @@ class Record:
             ),
             quarantine=QuarantineFile(**value["quarantine"]) if value["quarantine"] else None,
             seconds=value["seconds"],
+            retried=value.get("retried", {}),
         )
 
 

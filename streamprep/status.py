@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from streamprep import job
-from streamprep.finalize import Totals, totals
-from streamprep.job import Job
-from streamprep.progress import count, size
+from streamprep.finalize import Totals, is_finalized, totals
+from streamprep.job import Job, Round
+from streamprep.progress import by_reason, count, size
 
 _EXAMPLES = 3
 
@@ -23,6 +23,7 @@ def describe(current: Job) -> Iterator[str]:
     clips = plan.num_clips - sum(unit.num_clips for unit in units)
     yield f"samples  {clips} of {plan.num_clips} done"
     yield f"output   {count(result.num_rows, 'row')}, {count(result.num_files, 'file')}, {size(result.size_bytes)}"
+    yield from (f"retry    {describe_round(current, one)}" for one in current.rounds())
     yield from _reasons(current, result)
     stopped = current.stop_reason()
     if stopped is not None:
@@ -30,9 +31,24 @@ def describe(current: Job) -> Iterator[str]:
     yield f"state    {state(current)}"
 
 
+def describe_round(current: Job, one: Round) -> str:
+    """One retry in a line: what was tried again, and what became of it."""
+    done = [record for unit in one.units if (record := current.record(unit.id)) is not None]
+    tried = job.total(unit.retried for unit in one.units)
+    line = f"{one.name}: {count(sum(tried.values()), 'sample')} again ({by_reason(tried)})"
+    if len(done) < len(one.units):
+        line += f", {len(done)} of {count(len(one.units), 'unit')} done"
+    bad, dropped = job.total(record.bad for record in done), sum(len(record.dropped) for record in done)
+    line += f": {sum(record.num_rows for record in done)} encoded"
+    return line + (f", {dropped} dropped" if dropped else "") + (f", still bad: {by_reason(bad)}" if bad else "")
+
+
 def state(current: Job) -> str:
     """One word or two: ``done``, ``too many bad samples``, ``unfinished``."""
-    if current.store.exists(job.SUCCESS):
+    begun = [one for one in current.rounds() if current.without_record(one.units)]
+    if begun:
+        return f"retry {begun[0].name} unfinished: run `streamprep retry` again to go on"
+    if is_finalized(current):
         return "done"
     if current.stop_reason() is not None:
         return "too many bad samples"
@@ -41,7 +57,9 @@ def state(current: Job) -> str:
 
 def exit_code(current: Job) -> int:
     """What the job itself would exit with: 0 done, 3 too many bad samples, 4 resumable."""
-    if current.store.exists(job.SUCCESS):
+    if any(current.without_record(one.units) for one in current.rounds()):
+        return 4
+    if is_finalized(current):
         return 0
     return 3 if current.stop_reason() is not None else 4
 
@@ -50,11 +68,9 @@ def _reasons(current: Job, result: Totals) -> Iterator[str]:
     for reason, number in result.dropped.items():
         yield f"dropped  {number} {reason}"
     examples: dict[str, list[str]] = {}
-    if result.bad:
-        for record in current.records():
-            for clip in current.read_quarantine(record):
-                shown = examples.setdefault(clip.reason, [])
-                if len(shown) < _EXAMPLES:
-                    shown.append(f"{clip.key} ({clip.exception})")
+    for clip in current.bad_clips().values() if result.bad else ():
+        shown = examples.setdefault(clip.reason, [])
+        if len(shown) < _EXAMPLES:
+            shown.append(f"{clip.key} ({clip.exception})")
     for reason, number in result.bad.items():
         yield f"bad      {number} {reason}: {'; '.join(examples.get(reason, []))}"

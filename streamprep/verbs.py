@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from streamprep.config import (
     PackConfig,
     PackSettings,
     PlanConfig,
+    RetryConfig,
     RunConfig,
     StatusConfig,
     VerifyConfig,
@@ -22,7 +22,7 @@ from streamprep.contract import describe
 from streamprep.job import PLAN, open_job
 from streamprep.manifest import MANIFEST
 from streamprep.pack import pack as pack_dataset
-from streamprep.progress import count, size
+from streamprep.progress import by_reason, count, size
 from streamprep.storage import open_store
 
 if TYPE_CHECKING:
@@ -92,6 +92,26 @@ def _settings(config: RunConfig, kind: type[EncodeSettings] | type[PackSettings]
     return {field.name: getattr(config, field.name) for field in fields(kind)}
 
 
+def retry(config: RetryConfig) -> int:
+    """Encode bad samples again, and print what became of them and the totals."""
+    from streamprep.retry import retry as retry_job
+    from streamprep.status import describe_round
+
+    result = retry_job(config)
+    if result.round is None:
+        print(f"nothing to retry{' for that' if config.reason else ''}")
+    else:
+        print(describe_round(result.job, result.round))
+    if result.hopeless:
+        print(f"bad from their headers, for good unless they are packed again: {by_reason(result.hopeless)}")
+    _print_totals(result.totals, config.out)
+    if result.stopped is not None:
+        raise result.stopped
+    if result.unfinished:
+        print(f"{count(result.unfinished, 'unit')} not encoded yet: run the same `streamprep encode` again to go on")
+    return 4 if result.unfinished else 0
+
+
 def status(config: StatusConfig) -> int:
     """Print how far the job is; the exit code is the job's."""
     from streamprep import status as job_status
@@ -117,7 +137,9 @@ def verify(config: VerifyConfig) -> int:
         print(f"WRONG {problem}")
     print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}")
     if verdict.problems and not is_shards:
-        print("to make a unit again, delete its record in _streamprep/records and run the same `streamprep encode`")
+        print(
+            "to make a unit again, delete its record in _streamprep/records and run the same `encode` or `retry` again"
+        )
     return 1 if verdict.problems else 0
 
 
@@ -133,8 +155,4 @@ def _print_totals(totals: Totals, out: str) -> None:
     print(f"{count(totals.num_rows, 'row')}, {count(totals.num_files, 'file')}, {size(totals.size_bytes)} in {out}")
     for what, reasons in (("dropped", totals.dropped), ("bad", totals.bad)):
         if reasons:
-            print(f"{what} {sum(reasons.values())}: {_by_reason(reasons)}")
-
-
-def _by_reason(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+            print(f"{what} {sum(reasons.values())}: {by_reason(reasons)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,9 @@ def verify_job(current: Job) -> Verdict:
     verdict = Verdict()
     records = list(current.records())
     exporter = plugins.load("streamprep.exporters", current.plan.config["exporter"])
-    planned = {unit.id: unit for unit in current.plan.units}
+    rounds = current.rounds()
+    retries = [unit for one in rounds for unit in one.units]
+    planned = {unit.id: unit for unit in (*current.plan.units, *retries)}
     progress = Progress(total=sum(len(record.files) for record in records), unit="files", verb="verifying")
     with progress:
         for record in records:
@@ -58,7 +60,14 @@ def verify_job(current: Job) -> Verdict:
                 verdict.num_rows += len(file.rows)
                 verdict.size_bytes += file.size_bytes
                 progress.advance()
+    verdict.problems += _check_retries(current, {record.unit: record for record in records}, retries)
     verdict.problems += _check_whole(current, records)
+    for one in rounds:
+        if units := current.without_record(one.units):
+            verdict.problems.append(
+                f"{len(units)} of {len(one.units)} units of retry {one.name} are not encoded yet: run `streamprep "
+                "retry` again"
+            )
     return verdict
 
 
@@ -100,6 +109,28 @@ def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
         yield f"unit {unit.id}: its {len(keys)} rows are not the {unit.num_rows} that were planned"
     if dict(record.bad) != Counter(clip.reason for clip in bad):
         yield f"unit {unit.id}: the record counts {dict(record.bad)} bad samples, its quarantine file lists others"
+
+
+def _check_retries(current: Job, records: Mapping[str, Record], retries: Sequence[Unit]) -> Iterator[str]:
+    """Each of their samples was bad when it was tried again, for the reason that it no longer counts for."""
+    bad_of: dict[str, dict[str, str]] = {}
+    for unit in retries:
+        if unit.original not in bad_of:
+            bad_of[unit.original] = _reasons(current, records.get(unit.original))
+        record, bad, keys = records.get(unit.id), bad_of[unit.original], unit.keys or ()
+        if record is None:
+            continue
+        was = dict(Counter(bad.pop(key, "not bad") for key in keys))
+        if not was == unit.retried == record.retried:
+            yield f"unit {unit.id}: retries samples as {dict(record.retried)}, before they were {was}"
+        bad |= _reasons(current, record)
+
+
+def _reasons(current: Job, record: Record | None) -> dict[str, str]:
+    """Of a unit's bad samples; none if they cannot be read, which `_check_keys` has said."""
+    if record is None or record.quarantine is None or list(_check_digest(current.store, record.quarantine)):
+        return {}
+    return {clip.key: clip.reason for clip in current.read_quarantine(record)}
 
 
 def _check_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:

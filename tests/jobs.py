@@ -52,6 +52,17 @@ class EncodeJob:
         process.wait()
         return process
 
+    def start_retry(self, *, crash_at: str | None = None, **flags: object) -> Process:
+        """Start ``streamprep retry``."""
+        environment = {VARIABLE: crash_at} if crash_at else {}
+        return self._forks.start("retry", self.out, *_flags(flags), environment=environment)
+
+    def retry(self, **how: object) -> Process:
+        """The same, and wait until it has ended."""
+        process = self.start_retry(**how)  # type: ignore[arg-type]
+        process.wait()
+        return process
+
     @property
     def job(self) -> Job:
         """As the commands see it."""
@@ -190,7 +201,7 @@ def slow_shards(make_shards: Callable[..., Path], good_video: Callable[..., Path
     """Seven units: 3 clips; one that takes a second or more to decode; five of a clip each."""
     first = {f"a{number}.mp4": good_video for number in range(3)}
     last = {f"c{number}.mp4": functools.partial(good_video, padding_bytes=10**6) for number in range(5)}
-    return make_shards({**first, "b.mp4": _write_slow_video, **last})
+    return make_shards({**first, "b.mp4": write_slow_video, **last})
 
 
 @pytest.fixture
@@ -227,7 +238,7 @@ def _flags(values: Mapping[str, object]) -> Iterator[object]:
             yield from (f"--{flag}", value)
 
 
-def _write_slow_video(path: Path) -> None:
+def write_slow_video(path: Path) -> None:
     """A video of which four seconds of noise must be decoded to get at the last frame that is wanted."""
     width, height, fps = 1280, 720, 30
     noise = np.random.default_rng(0).integers(0, 256, (height * 3 // 8, width // 4), dtype=np.uint8)
