@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from streamprep import canonical, job
@@ -37,6 +37,8 @@ class EncodedBatch:
     """Whether it is the unit's last."""
     dropped: Sequence[Excluded] = ()
     """Rows that filters leave out for their frames."""
+    decoders: Mapping[str, int] = field(default_factory=dict)
+    """How many of its clips each decoder gave."""
 
 
 class Committer:
@@ -56,6 +58,7 @@ class Committer:
         self._max_bad_fraction = max_bad_fraction
         self._unit_bad: list[BadClip] = []
         self._unit_dropped: list[Excluded] = []
+        self._unit_decoders: Counter[str] = Counter()
         self._writer: ShardWriter | None = None
         self._unit_began = time.monotonic()
         self._count_committed()
@@ -73,6 +76,7 @@ class Committer:
             self._writer.write(sample)
         self._num_rows += len(batch.samples)
         self._unit_dropped += batch.dropped
+        self._unit_decoders.update(batch.decoders)
         self._num_dropped += len(batch.dropped)
         self._note_bad(batch.bad)
         self.check_bad_limit()
@@ -102,11 +106,12 @@ class Committer:
             quarantine=self.job.write_quarantine(unit.id, self._unit_bad),
             seconds={"unit": time.monotonic() - self._unit_began},
             retried=unit.retried,
+            decoders=dict(sorted(self._unit_decoders.items())),
         )
         self._bad.subtract(unit.retried)
         if not self.job.commit(record):
             self._give_way(record)
-        self._unit_bad, self._unit_dropped = [], []
+        self._unit_bad, self._unit_dropped, self._unit_decoders = [], [], Counter()
         self._unit_began = time.monotonic()
 
     def check_bad_limit(self) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,6 +73,8 @@ class DecodedBatch:
     """By the sample's key."""
     dropped: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """By the sample's key, of those that filters leave out for their frames: (reason, message)."""
+    decoders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """How many of its clips each decoder gave."""
 
     @property
     def last(self) -> bool:
@@ -318,6 +320,7 @@ def _collate(
             frames = buffers.take((len(batch), *samples[0].request.shape))
             bad: dict[str, BadSample] = {}
             dropped: dict[str, tuple[str, str]] = {}
+            decoders: Counter[str] = Counter()
             for row, clip in clips.items():
                 if clip is not first:
                     _, _, decoded = next(results)
@@ -326,6 +329,7 @@ def _collate(
                     continue
                 assert decoded.frames is not None
                 frames[row] = decoded.frames
+                decoders[decoded.decoder or "unknown"] += 1
                 if (excluded := filters.excludes_frames(decoded.frames)) is not None:
                     dropped[clip.key] = excluded
             yield DecodedBatch(
@@ -336,6 +340,7 @@ def _collate(
                 places=list(clips),
                 bad=bad,
                 dropped=dropped,
+                decoders=decoders,
             )
 
 
@@ -396,6 +401,7 @@ def _encode(
             dropped=tuple(dropped),
             num_samples=len(batch.samples),
             last=batch.last,
+            decoders=batch.decoders,
         )
 
 
@@ -527,4 +533,5 @@ def _stage_report(machinery: Machinery) -> str:
         f"busy: read {stats.read_seconds:.1f} s, decode {stats.decode_seconds:.1f} s in all processes, {encoding}; "
         f"it waited {pipeline.stages[0].starved_seconds:.1f} s for decoding and {writing}"
         + (f"; {count(stats.restarts, 'decoding process')} replaced" if stats.restarts else "")
+        + (f"; {count(stats.sequential, 'clip')} that torchcodec misread decoded in order" if stats.sequential else "")
     )

@@ -49,6 +49,8 @@ class Record:
     """Time per stage."""
     retried: Mapping[str, int] = field(default_factory=dict)
     """In a retry: how many of its samples were bad for each reason, and no longer count for it."""
+    decoders: Mapping[str, int] = field(default_factory=dict)
+    """How many clips each decoder gave; ``sequential`` where torchcodec misread a video."""
 
     @property
     def num_rows(self) -> int:
@@ -82,6 +84,7 @@ class Record:
             ],
             "bad": dict(self.bad),
             "retried": dict(self.retried),
+            "decoders": dict(self.decoders),
             "dropped": [[item.key, item.reason, item.message, item.stage] for item in self.dropped],
             "quarantine": dataclasses.asdict(self.quarantine) if self.quarantine else None,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
@@ -112,7 +115,8 @@ class Record:
             ),
             quarantine=QuarantineFile(**value["quarantine"]) if value["quarantine"] else None,
             seconds=value["seconds"],
-            retried=value.get("retried", {}),
+            retried=value["retried"],
+            decoders=value["decoders"],
         )
 
 

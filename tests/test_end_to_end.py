@@ -320,7 +320,9 @@ def test_the_index_says_where_every_tensor_lies(finished: Finished) -> None:
 
 def test_verify_finds_nothing_wrong(finished: Finished) -> None:
     assert ": 0 problems" in streamprep("verify", finished.out)
-    assert "done" in streamprep("status", finished.out)
+    status = streamprep("status", finished.out)
+    assert "done" in status
+    assert f"decoded  {len(finished.entries)} by torchcodec" in status
 
 
 # Captions
