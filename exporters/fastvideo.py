@@ -219,7 +219,7 @@ def _row(sample: EncodedSample, arrays: Mapping[str, np.ndarray[Any, Any]], row_
     columns |= {"id": [sample.id], "file_name": [sample.file_name], "caption": [sample.caption]}
     if (clip := sample.clip) is not None:
         columns |= {
-            "media_type": ["video"],
+            "media_type": [clip.media_type],
             "width": [clip.width],
             "height": [clip.height],
             "num_frames": [arrays["vae_latent"].shape[1]],  # latent frames: what FastVideo's own writers put here

@@ -18,7 +18,7 @@ from streamprep.types import EncodedSample, ShardWriter, WrittenFile
 _ALWAYS_ALLOWED_BAD = 20
 _EXAMPLES = 5
 _NEXT_STEP = (
-    "When the cause is gone (more --decode-timeout or --decode-memory-mb, a repaired shard), `streamprep retry {out}` "
+    "When the cause is gone (more --decode-timeout or --decode-memory-mb, a repaired shard), `streamprep retry OUT` "
     "tries them again and lets the job go on"
 )
 
@@ -164,7 +164,7 @@ class Committer:
         clips = [*self._unit_bad, *self.job.bad_clips().values()][:_EXAMPLES]
         examples = "".join(f"\n  {clip.key}: {clip.reason}: {clip.exception}" for clip in clips)
         stop: dict[str, Any] = {
-            "message": f"{message} ({reasons}){examples}\n{_NEXT_STEP.format(out=self.job.store.url)}",
+            "message": f"{message} ({reasons}){examples}\n{_NEXT_STEP}",
             "max_bad_fraction": self._max_bad_fraction,
             "bad": bad,
             "num_rows": self._num_rows,

@@ -419,6 +419,7 @@ def _encoded(
             num_frames=len(sample.request.timestamps),
             train_fps=config.train_fps,
             source_fps=sample.source_fps,
+            media_type=sample.media_type,
         )
     return EncodedSample(
         key=row.key,

@@ -35,6 +35,8 @@ class BucketForecast:
 
     num_clips: int = 0
     num_rows: int = 0
+    num_images: int = 0
+    """Among the clips."""
     num_enlarged: int = 0
     cropped: float = 0.0
     """Shares of pixels that the crop leaves out, of all clips together."""
@@ -93,6 +95,7 @@ def describe(result: Forecast, config: EncodeSettings, contract: LatentContract)
         yield (
             f"  {bucket!s:16} {count(entry.num_clips, 'clip')}, {entry.num_enlarged} enlarged, "
             f"{entry.cropped / entry.num_clips:.1%} lost, {entry.repeated / entry.num_frames:.1%} repeated"
+            + (f"; {count(entry.num_images, 'image')} among them" if entry.num_images else "")
         )
     if set(result.windows) - {1}:
         parts = (f"{videos} of {clips}" for clips, videos in sorted(result.windows.items()))
@@ -113,6 +116,7 @@ def table(result: Forecast) -> pa.Table:
     schema = pa.schema(
         [
             *((name, pa.string()) for name in ("key", "id", "shard", "decision", "reason", "message", "caption")),
+            ("media_type", pa.string()),
             *((name, pa.int32()) for name in ("height", "width", "num_frames", "source_height", "source_width")),
             *((name, pa.float64()) for name in ("source_fps", "begin_seconds", "end_seconds", "cropped", "upscaling")),
             ("repeated_frames", pa.int32()),
@@ -171,11 +175,13 @@ def _add_clip(result: Forecast, clip: ClipPlan, sample: ShardSample) -> dict[str
     entry = result.buckets.setdefault(bucket, BucketForecast())
     entry.num_clips += 1
     entry.num_rows += len(clip.rows)
+    entry.num_images += clip.media_type == "image"
     entry.num_enlarged += factor > 1
     entry.cropped += cropped
     entry.repeated += repeated
     entry.num_frames += bucket.num_frames
     return {
+        "media_type": clip.media_type,
         "height": bucket.height,
         "width": bucket.width,
         "num_frames": bucket.num_frames,

@@ -7,7 +7,8 @@ For each sample: may it be used (`streamprep.where`, its captions, its length, `
 (`streamprep.buckets`)? Which frames (`streamprep.sampling`), by the fps and num_frames that the dataset declares where
 they agree with the file?
 
-A video gives one clip, or several windows (``#NN``). A clip is decoded and encoded once and becomes a *row* for each
+A video gives one clip, or several windows (``#NN``); an image is a clip of one frame, for buckets of one frame, which
+videos leave to images where there are longer ones. A clip is decoded and encoded once and becomes a *row* for each
 caption that is chosen for it (``@NN``). Where only captions are encoded, a sample's video is not looked at.
 """
 
@@ -34,7 +35,8 @@ DROP_REASONS = {
     "no_video": "its shard holds only its caption, packed by --captions-only",
     "where": "--where is not true of it",
     "upscale": "it would be enlarged more than --max-upscale allows",
-    "too_short": "it has fewer frames than --num-frames (or the shortest bucket) at --train-fps",
+    "too_short": "it has fewer frames than --num-frames (or the shortest bucket) at --train-fps, or is an image and no "
+    "bucket is of one frame",
     "too_long": "it is longer than --video-length-tolerance-range allows",
     "filter": "--filters leaves it out",
 }
@@ -138,6 +140,8 @@ class ClipPlan(TextPlan):
     """Where its bytes lie in the shard."""
     request: DecodeRequest
     source_fps: float
+    media_type: str = "video"
+    """Or ``image``: its only frame is all of the file."""
 
     @property
     def bucket(self) -> Bucket:
@@ -295,11 +299,15 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
     if "probe_error" in metadata:
         raise BadSample("probe_failed", metadata["probe_error"], stage="plan")
     _check_size(metadata, rules)
-    fps, num_frames = _declared_or_probed(metadata)
+    media_type = metadata["media_type"]
+    is_video = media_type == "video"
+    fps, num_frames = _declared_or_probed(metadata) if is_video else (metadata["fps"], 1)
     captions, unusable = _choose_captions(sample, rules)
-    _check_length(num_frames / fps, rules)
-    video = resample(metadata, fps=fps, num_frames=num_frames, train_fps=rules.train_fps)
-    bucket = _choose_size(sample, video, rules)
+    if is_video:
+        _check_length(num_frames / fps, rules)
+    train_fps = rules.train_fps if is_video else fps  # at a higher rate an image would be many times the same frame
+    video = resample(metadata, fps=fps, num_frames=num_frames, train_fps=train_fps)
+    bucket = _choose_size(sample, video, _sizes_for(media_type, rules), rules)
     starts = window_starts(
         video.length,
         bucket.num_frames,
@@ -321,6 +329,7 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
                 extra=metadata["extra"],
                 video=sample.video,
                 source_fps=float(fps),
+                media_type=media_type,
                 request=DecodeRequest(
                     sha256=metadata["sha256"],
                     indices=indices,
@@ -359,11 +368,26 @@ def _plan_rows(key: str, name: str, captions: Mapping[int, str], rules: Sampling
     return tuple(rows)
 
 
-def _choose_size(sample: ShardSample, video: ResampledVideo, rules: SamplingRules) -> Bucket:
+def _sizes_for(media_type: str, rules: SamplingRules) -> Sequence[Bucket]:
+    """Images take buckets of one frame; videos take longer ones where there are any: a still of a video is no clip."""
+    stills = [size for size in rules.sizes if size.num_frames == 1]
+    if media_type == "video":
+        return [size for size in rules.sizes if size.num_frames > 1] or stills
+    if not stills:
+        size = rules.sizes[0]
+        raise _Drop(
+            "too_short",
+            f"an image is one frame, {size.num_frames} are wanted: for images use --num-frames 1, or a bucket of one "
+            f"frame beside the others: --buckets {size},{dataclasses.replace(size, num_frames=1)}",
+        )
+    return stills
+
+
+def _choose_size(sample: ShardSample, video: ResampledVideo, sizes: Sequence[Bucket], rules: SamplingRules) -> Bucket:
     """The bucket of a clip; a shorter clip than any bucket's where ``drop_short_ratio`` lets one through."""
     metadata = sample.metadata
     height, width = metadata["height"], metadata["width"]
-    bucket = choose_bucket(rules.sizes, height=height, width=width, num_frames=video.length)
+    bucket = choose_bucket(sizes, height=height, width=width, num_frames=video.length)
     if rules.max_upscale is not None and (factor := upscaling(bucket, height=height, width=width)) > rules.max_upscale:
         raise _Drop("upscale", f"{height}x{width} pixels would be enlarged {factor:.2f} times for {bucket}")
     if video.length >= bucket.num_frames:

@@ -150,6 +150,8 @@ class EncodedClip:
     """Rate the frames were sampled at."""
     source_fps: float
     """Rate of the source video."""
+    media_type: str = "video"
+    """What the source is: ``video`` or ``image``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

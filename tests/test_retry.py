@@ -334,7 +334,7 @@ def test_a_job_all_of_whose_samples_were_bad_ends_when_they_are_repaired(
     encoded = new_job(shards.shards)
     stopped = encoded.run(serial=True)
     assert stopped.code == 3
-    assert f"`streamprep retry {encoded.out}` tries them again" in stopped.output
+    assert "`streamprep retry OUT` tries them again" in stopped.output
     still = encoded.retry(serial=True)
     assert still.code == 3
     assert "r1: 1 sample again (1 digest_mismatch): 0 encoded, still bad: 1 digest_mismatch\n" in still.output

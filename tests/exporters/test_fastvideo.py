@@ -192,6 +192,12 @@ def test_a_row_is_fastvideos(tmp_path: Path) -> None:
     }
 
 
+def test_an_image_is_called_one(tmp_path: Path) -> None:
+    clip = EncodedClip(width=96, height=64, num_frames=1, train_fps=16.0, source_fps=1.0, media_type="image")
+    write("fastvideo", Store(tmp_path), make_sample(clip=clip))
+    assert read_rows(tmp_path)[0]["media_type"] == "image"
+
+
 def test_the_contract_is_in_every_file(tmp_path: Path) -> None:
     written = write("fastvideo", Store(tmp_path), *map(make_sample, range(3)), samples_per_file=1)
     for file in written:
