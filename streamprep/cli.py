@@ -40,6 +40,7 @@ class Verb:
 VERBS = {
     "pack": Verb(configs.PackConfig, "streamprep.verbs:pack", "raw videos and captions -> tar shards"),
     "plan": Verb(configs.PlanConfig, "streamprep.verbs:plan", "what encode would do: sizes, drops with reasons"),
+    "index": Verb(configs.IndexConfig, "streamprep.verbs:index", "tar shards of other programs -> shards to encode"),
     "encode": Verb(configs.EncodeConfig, "streamprep.verbs:encode", "shards -> latents and embeddings"),
     "run": Verb(configs.RunConfig, "streamprep.verbs:run", "pack + encode"),
     "retry": Verb(configs.RetryConfig, "streamprep.verbs:retry", "encode again what was bad"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from streamprep import canonical, job
 from streamprep.errors import TooManyBadSamples
 from streamprep.job import Job
-from streamprep.plan import UnitPlan
+from streamprep.plan import Excluded, UnitPlan
 from streamprep.record import BadClip, Record, named_files
 from streamprep.types import EncodedSample, ShardWriter, WrittenFile
 
@@ -35,6 +35,10 @@ class EncodedBatch:
     """Planned, whatever became of them."""
     last: bool
     """Whether it is the unit's last."""
+    dropped: Sequence[Excluded] = ()
+    """Rows that filters leave out for their frames."""
+    decoders: Mapping[str, int] = field(default_factory=dict)
+    """How many of its clips each decoder gave."""
 
 
 class Committer:
@@ -53,6 +57,8 @@ class Committer:
         self._open_writer = open_writer
         self._max_bad_fraction = max_bad_fraction
         self._unit_bad: list[BadClip] = []
+        self._unit_dropped: list[Excluded] = []
+        self._unit_decoders: Counter[str] = Counter()
         self._writer: ShardWriter | None = None
         self._unit_began = time.monotonic()
         self._count_committed()
@@ -69,6 +75,9 @@ class Committer:
         for sample in batch.samples:
             self._writer.write(sample)
         self._num_rows += len(batch.samples)
+        self._unit_dropped += batch.dropped
+        self._unit_decoders.update(batch.decoders)
+        self._num_dropped += len(batch.dropped)
         self._note_bad(batch.bad)
         self.check_bad_limit()
         if batch.last:
@@ -93,15 +102,16 @@ class Committer:
             unit=unit.id,
             files=tuple(files),
             bad=dict(sorted(Counter(clip.reason for clip in self._unit_bad).items())),
-            dropped=unit.dropped,
+            dropped=(*unit.dropped, *self._unit_dropped),
             quarantine=self.job.write_quarantine(unit.id, self._unit_bad),
             seconds={"unit": time.monotonic() - self._unit_began},
             retried=unit.retried,
+            decoders=dict(sorted(self._unit_decoders.items())),
         )
         self._bad.subtract(unit.retried)
         if not self.job.commit(record):
             self._give_way(record)
-        self._unit_bad = []
+        self._unit_bad, self._unit_dropped, self._unit_decoders = [], [], Counter()
         self._unit_began = time.monotonic()
 
     def check_bad_limit(self) -> None:
@@ -113,7 +123,7 @@ class Committer:
         if self._max_bad_fraction is None:
             return
         num_bad = self._bad.total()
-        attempted = num_bad + self._num_rows
+        attempted = num_bad + self._num_rows + self._num_dropped
         if num_bad > max(_ALWAYS_ALLOWED_BAD, self._max_bad_fraction * attempted):
             self._stop(
                 f"{num_bad} of {attempted} samples are bad, more than max({_ALWAYS_ALLOWED_BAD}, "
@@ -127,7 +137,7 @@ class Committer:
             TooManyBadSamples: and leaves ``stop.json`` with the reasons.
         """
         self._count_committed()
-        if self._bad.total() and not self._num_rows:
+        if self._bad.total() and not self._num_rows and not self._num_dropped:
             self._stop(f"all {self._bad.total()} samples are bad: nothing was encoded")
 
     def __enter__(self) -> Committer:
@@ -141,6 +151,7 @@ class Committer:
     def _count_committed(self) -> None:
         records = list(self.job.records())
         self._num_rows = sum(record.num_rows for record in records)
+        self._num_dropped = sum(len(record.dropped_rows) for record in records)
         self._bad = Counter(job.bad_now(records))
 
     def _note_bad(self, bad: Sequence[BadClip]) -> None:

@@ -13,11 +13,35 @@ from tyro.conf import Positional, UseAppendAction, arg
 from streamprep.columns import parse_names
 from streamprep.errors import UserError
 
+_LISTS = ("filters",)
 TEXT_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig:
+class PackSettings:
+    """How to read and pack a dataset; shared by `pack` and `run`."""
+
+    dataset_type: str = "auto"
+    """Layout: merged (videos/ + videos2caption.json), raw (videos.txt + prompt.txt), manifest (JSONL, JSON, CSV, TSV or
+    Parquet), folder (each video with a .txt or .json beside it), webdataset (tars), hf (a dataset of the Hugging Face
+    hub), or auto."""
+    video_column: str | None = None
+    """Column of a manifest or hf dataset with the videos; by default video, path, file_name, video_path, ..."""
+    caption_column: str | None = None
+    """Column with the captions; by default cap, caption, captions, text or prompt."""
+    split: str | None = None
+    """Split of an hf dataset; by default train."""
+    shard_size_mb: int = 256
+    """Most MiB of video in a shard."""
+    shuffle: int | None = None
+    """Seed to shuffle the videos by before they are cut into shards; by default they are sorted."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, shard_size_mb=self.shard_size_mb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig(PackSettings):
     """Pack raw videos and captions into tar shards.
 
     Example: streamprep pack my_dataset my_shards
@@ -28,23 +52,44 @@ class PackConfig:
 
     POSITIONAL: ClassVar = ("dataset", "shards")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder with the videos and captions."""
+    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
+    --dataset-type hf."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
     """Folder to write the shards to."""
-    dataset_type: str = "auto"
-    """Layout: merged (videos/ + videos2caption.json), raw (videos.txt + prompt.txt), folder (each video with a .txt or
-    .json beside it), or auto."""
-    shard_size_mb: int = 256
-    """Most MiB of video in a shard."""
-    shuffle: int | None = None
-    """Seed to shuffle the videos by before they are cut into shards; by default they are sorted."""
     captions_only: bool = False
     """Leave the videos out: the shards are for --workload-type text only."""
     num_workers: int = 0
     """Processes; 0 is one for each core."""
 
     def __post_init__(self) -> None:
-        _at_least(1, shard_size_mb=self.shard_size_mb)
+        PackSettings.__post_init__(self)
+        _at_least(0, num_workers=self.num_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Index tar shards of another program (webdataset, video2dataset, cosmos-curate), so that `encode` takes them.
+
+    Example: streamprep index their_tars --to my_shards
+
+    Every byte is read once, no tar is copied or changed. Running the same command again goes on where it was stopped.
+    """
+
+    POSITIONAL: ClassVar = ("shards",)
+    shards: Annotated[Positional[str], arg(metavar="SHARDS")]
+    """Folder with the tars, at any depth."""
+    to: str | None = None
+    """Folder for the index, with links to the tars; by default it is written beside them."""
+    caption_column: str | None = None
+    """Field of KEY.json with the captions; by default KEY.txt, else cap, caption, captions, text or prompt."""
+    prefix_keys: bool = False
+    """Put the tar's name before each key, where tars use the same keys."""
+    skip_damaged: bool = False
+    """Leave out tars that are damaged, naming them in skipped.jsonl, instead of refusing all."""
+    num_workers: int = 0
+    """Processes; 0 is one for each core."""
+
+    def __post_init__(self) -> None:
         _at_least(0, num_workers=self.num_workers)
 
 
@@ -87,6 +132,9 @@ class EncodeSettings:
     """Drop videos that would be enlarged more than so many times; by default none."""
     where: str | None = None
     """Encode only samples of which this SQL expression is true, such as "aesthetic > 5 and duration < 20"."""
+    filters: tuple[str, ...] = ()
+    """Leave out what these filters exclude, one after the other: duration:2..10, size:256.., fps:10.., aspect:0.5..2,
+    black, static, duplicate-video, duplicate-caption, or MODULE:FUNCTION:ARGUMENT."""
     max_samples: int | None = None
     """Encode only the first so many."""
     caption: Literal["first", "random", "all"] = "first"
@@ -118,8 +166,8 @@ class EncodeSettings:
     """Let the GPU round float32 multiplications to TF32: faster, and the latents move."""
     offload_text_encoder: bool = False
     """Keep the text encoder in main memory, and on the GPU only while a shard's captions are encoded."""
-    video_loader_type: Literal["torchcodec"] = "torchcodec"
-    """Video decoder."""
+    video_loader_type: Literal["torchcodec", "pyav"] = "torchcodec"
+    """Video decoder: torchcodec gives FastVideo's pixels bit for bit, pyav nearly the same ones for less work."""
     dataloader_num_workers: Annotated[int, arg(aliases=("--num-workers",))] = 0
     """Decoding processes; 0 chooses by the number of cores."""
     decode_timeout: float = 120.0
@@ -218,7 +266,7 @@ class PlanConfig(EncodeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(EncodeSettings):
+class RunConfig(EncodeSettings, PackSettings):
     """Pack a dataset and encode it.
 
     Example: streamprep run my_dataset out --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 77
@@ -228,17 +276,16 @@ class RunConfig(EncodeSettings):
 
     POSITIONAL: ClassVar = ("dataset", "out")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder with the videos and captions."""
+    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
+    --dataset-type hf."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Folder for the latents."""
     shards: str | None = None
     """Folder for the shards; by default OUT/_streamprep/shards."""
-    dataset_type: str = "auto"
-    """Layout: merged, raw, folder or auto; see `streamprep pack --help`."""
-    shard_size_mb: int = 256
-    """Most MiB of video in a shard."""
-    shuffle: int | None = None
-    """Seed to shuffle the videos by before they are cut into shards."""
+
+    def __post_init__(self) -> None:
+        PackSettings.__post_init__(self)
+        EncodeSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +391,8 @@ def _above_zero(**fields: float) -> None:
 def with_file_defaults(config: type, arguments: Sequence[str]) -> list[str]:
     """Take ``--config FILE`` out of a command line and put what the TOML file says before the other flags.
 
-    A flag given on the command line comes later and so has the last word.
+    A flag given on the command line comes later and so has the last word. A list would take in what follows it: it
+    comes last, unless the command line has one.
 
     Raises:
         UserError: if the file cannot be read, or says something that ``config`` has no field for.
@@ -360,17 +408,23 @@ def with_file_defaults(config: type, arguments: Sequence[str]) -> list[str]:
             path = argument.removeprefix("--config=")
         else:
             rest.append(argument)
-    return [*_read_flags(config, Path(path)), *rest] if path is not None else rest
+    if path is None:
+        return rest
+    flags, lists = _read_flags(config, Path(path))
+    named = {argument.partition("=")[0].replace("_", "-") for argument in rest}
+    return [*flags, *rest, *(word for flag, words in lists.items() if flag not in named for word in (flag, *words))]
 
 
-def _read_flags(config: type, path: Path) -> list[str]:
+def _read_flags(config: type, path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The flags of a TOML file, and its lists by flag."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the settings of {path}: {error}") from error
     positional: tuple[str, ...] = config.POSITIONAL  # type: ignore[attr-defined]
     names = {field.name for field in fields(config)} - {*positional}
-    flags = []
+    flags: list[str] = []
+    lists: dict[str, list[str]] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name in positional:
@@ -378,10 +432,14 @@ def _read_flags(config: type, path: Path) -> list[str]:
         if name not in names:
             raise UserError(f"{path}: no setting is called {key!r}; one of {', '.join(sorted(names))}")
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if name in _LISTS:
+            if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+                raise UserError(f"{path}: {key} must be a list of strings, got {value!r}")
+            lists[f"--{flag}"] = value
+        elif isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, (str, int, float)):
             flags.append(f"--{flag}={value}")
         else:
             raise UserError(f"{path}: {key} must be a string, a number or a boolean, got {value!r}")
-    return flags
+    return flags, lists

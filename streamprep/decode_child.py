@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprep.decode import decode_clip, says_out_of_memory
-from streamprep.errors import BadSample
+from streamprep.decode import decode_into
+from streamprep.errors import BadSample, says_out_of_memory
 from streamprep.types import DecodeRequest
 from streamprep.watchdog import end_with_the_parent
 
@@ -50,7 +50,7 @@ class ChildProcess:
     def __init__(self, ring_fd: int, memory_bytes: int) -> None:
         context = multiprocessing.get_context("forkserver")
         # Imported once, in the server that children are forked from: they start in milliseconds instead of 3 s.
-        context.set_forkserver_preload(["streamprep.decode_child", "torchcodec.decoders", "av"])
+        context.set_forkserver_preload(["streamprep.decode_child", "torchcodec.decoders", "av", "PIL.Image"])
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self.channel, [b"ring"], [ring_fd])
@@ -117,7 +117,8 @@ def slot_frames(ring: Tensor, offset: int, request: DecodeRequest) -> Tensor:
 
 def _serve(channel: socket.socket, memory_bytes: int) -> None:
     """The life of a child."""
-    import av  # noqa: F401 - what decoding imports, before the limit, which counts from here
+    import av.filter  # noqa: F401 - what decoding imports, before the limit, which counts from here
+    import PIL.Image  # noqa: F401
     import torchcodec.decoders  # noqa: F401
 
     _leave_signals_to_the_rank()
@@ -172,16 +173,15 @@ def _answer_one(channel: socket.socket, ring: Tensor, memory_bytes: int) -> bool
         return False
     _reply(channel, "taken")  # until then, nothing that happens to this process is the task's fault
     began = time.perf_counter()
-    outcome = {"kind": "frames"}
     try:
-        _decode(json.loads(message), file_fds[0], ring)
+        outcome = {"kind": "frames", "decoder": _decode(json.loads(message), file_fds[0], ring)}
     except Exception as error:  # noqa: BLE001 - the rank raises what is not the video's fault
         outcome = _explain(error, memory_bytes)
     _reply(channel, **outcome, seconds=time.perf_counter() - began)
     return True
 
 
-def _decode(where: dict[str, int], file_fd: int, ring: Tensor) -> None:
+def _decode(where: dict[str, int], file_fd: int, ring: Tensor) -> str:
     try:
         # Writable, because PyTorch warns of read-only memory; private, so nothing that is written reaches the rank.
         # The tensors made of it keep the mapping alive, and take it with them.
@@ -192,7 +192,7 @@ def _decode(where: dict[str, int], file_fd: int, ring: Tensor) -> None:
     fields = json.loads(bytes(request_json))
     timestamps, indices = fields.pop("timestamps"), fields.pop("indices")
     request = DecodeRequest(timestamps=tuple(timestamps), indices=None if indices is None else tuple(indices), **fields)
-    decode_clip(video, request, out=slot_frames(ring, where["offset"], request))
+    return decode_into(slot_frames(ring, where["offset"], request), video, request)
 
 
 def _explain(error: Exception, memory_bytes: int) -> dict[str, str]:

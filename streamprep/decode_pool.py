@@ -108,7 +108,9 @@ class DecodePool:
         finished = False
         try:
             while isinstance(job := self._next_in_order(), _Job):
-                yield Decoded(key=job.key, tag=job.tag, frames=job.frames, bad=job.bad, seconds=job.seconds)
+                yield Decoded(
+                    key=job.key, tag=job.tag, frames=job.frames, bad=job.bad, seconds=job.seconds, decoder=job.decoder
+                )
                 self._give_back_slot(job)
             finished = True
         finally:
@@ -303,6 +305,8 @@ class DecodePool:
         if reply["kind"] == "bad":
             self._finish(job, bad=BadSample(reply["reason"], reply["message"], stage=reply["stage"]))
         else:
+            job.decoder = reply["decoder"]
+            self.stats.sequential += job.decoder == "sequential"
             self._finish(job)
 
     def _lost(self, child: _Child) -> None:
@@ -407,6 +411,7 @@ class _Job:
     seconds: float = 0.0
     frames: Tensor | None = None
     bad: BadSample | None = None
+    decoder: str | None = None
 
     @property
     def done(self) -> bool:

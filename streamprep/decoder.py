@@ -7,10 +7,11 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from streamprep.decode import decode_clip
-from streamprep.errors import BadSample
+from streamprep.decode import decode_into
+from streamprep.errors import BadSample, first_line
 from streamprep.types import DecodeRequest
 
 
@@ -37,6 +38,8 @@ class Decoded:
     bad: BadSample | None
     seconds: float
     """Time spent decoding, all attempts together."""
+    decoder: str | None = None
+    """What decoded it, as `streamprep.decode.decode_into` names it; None if it is bad."""
 
     def __post_init__(self) -> None:
         if (self.frames is None) == (self.bad is None):
@@ -57,6 +60,8 @@ class DecodeStats:
     """A task and a child were there but no free slot: the consumer is the slow one."""
     starved_seconds: float = 0.0
     """The consumer waited for a result: decoding or reading is the slow one."""
+    sequential: int = 0
+    """Clips decoded in order by PyAV, because torchcodec gave other frames than those asked for."""
     restarts: int = 0
     """Children that were replaced."""
 
@@ -86,17 +91,21 @@ class InlineDecoder:
     def map(self, tasks: Iterable[DecodeTask]) -> Generator[Decoded, None, None]:
         """Decode every task; results come in the order of the tasks."""
         for task in pull(tasks, self.stats):
-            frames, bad = None, None
+            frames, bad, decoder = None, None, None
             began = time.monotonic()
             try:
                 if isinstance(task.video, BadSample):
                     raise task.video
-                frames = decode_clip(task.video, task.request)
+                frames = torch.empty(task.request.shape, dtype=torch.uint8)
+                decoder = decode_into(frames, task.video, task.request)
             except BadSample as error:
-                bad = error
+                frames, bad = None, error
+            except MemoryError as error:  # FFmpeg's, nearly always: the file claims a table of more than 2 GB
+                frames, bad = None, BadSample("decoder_memory", first_line(error))
             seconds = time.monotonic() - began
             self.stats.decode_seconds += seconds
-            yield Decoded(key=task.key, tag=task.tag, frames=frames, bad=bad, seconds=seconds)
+            self.stats.sequential += decoder == "sequential"
+            yield Decoded(key=task.key, tag=task.tag, frames=frames, bad=bad, seconds=seconds, decoder=decoder)
 
     def close(self) -> None:
         """Nothing to stop."""

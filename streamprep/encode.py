@@ -7,8 +7,9 @@
 4. When a unit's files are visible, create its record: the commit.
 5. When all units have one, finalize.
 
-A batch keeps its planned size when a member turns out to be bad: the hole is filled with another member and the result
-thrown away. So a clip's latents do not depend on the health of its neighbours, nor on whether it is encoded in a retry.
+A batch keeps its planned size when a member turns out to be bad, or is dropped for its frames (`streamprep.filters`):
+the hole is filled with another member and the result thrown away. So a clip's latents do not depend on the health of
+its neighbours, nor on whether it is encoded in a retry.
 
 Where only captions are encoded nothing is read or decoded; the rest is the same.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,12 +39,13 @@ from streamprep.decode_pool import DecodePool
 from streamprep.decoder import Decoder, InlineDecoder
 from streamprep.encoders import EncodeOptions, Encoder, open_encoder
 from streamprep.errors import BadSample, UserError
+from streamprep.filters import Filters
 from streamprep.finalize import Totals, finalize, is_finalized, leftovers, totals
 from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
-from streamprep.plan import ClipPlan, RowPlan, SamplingRules, TextPlan, UnitPlan
-from streamprep.prepare import fingerprint, load_exporter, plan_job, replan, rules_of
+from streamprep.plan import ClipPlan, Excluded, RowPlan, SamplingRules, TextPlan, UnitPlan
+from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size
 from streamprep.record import BadClip
 from streamprep.selfcheck import check_encoder, check_first_frame
@@ -69,6 +71,10 @@ class DecodedBatch:
     """Of the samples in ``frames``."""
     bad: Mapping[str, BadSample] = dataclasses.field(default_factory=dict)
     """By the sample's key."""
+    dropped: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """By the sample's key, of those that filters leave out for their frames: (reason, message)."""
+    decoders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """How many of its clips each decoder gave."""
 
     @property
     def last(self) -> bool:
@@ -119,16 +125,18 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, t
     shards = open_store(config.shards)
     config = settle(config, current.store)
     encoder = open_encoder(config.model_path, _options(config))
-    now = fingerprint(config, encoder.contract, load_manifest(shards))
-    job.check_same(current.store, current.plan.fingerprint, now)
-    rules, num_clips = rules_of(config, encoder.contract), sum(unit.num_clips for unit in units)
+    manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
+    job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
+    filters = open_filters(shards, manifest, rules)
+    num_clips = sum(unit.num_clips for unit in units)
     progress = Progress(total=num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
     progress.message(title)
     _warn_of_other_versions(current.plan, progress, needed=True)
     with _start_machinery(config, rules, encoder) as machinery:
         current.store.remove_unpublished()
         with Committer(current, open_writer=_writer_opener(current, config), max_bad_fraction=None) as committer:
-            _encode_units(units, committer, progress, config, rules, shards, machinery)
+            plans = (replan(shards, unit, rules, filters) for unit in claim(current, units))
+            _encode_units(plans, units, filters, committer, progress, config, shards, machinery)
 
 
 def describe_model(config: EncodeSettings) -> LatentContract:
@@ -177,8 +185,10 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tu
         LatentMismatch: if what is encoded contradicts itself.
     """
     rules = rules_of(config, encoder.contract)
-    begun = job.find_job(out, fingerprint(config, encoder.contract, load_manifest(shards)))
-    plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract)
+    manifest = load_manifest(shards)
+    begun = job.find_job(out, fingerprint(config, encoder.contract, manifest))
+    filters = open_filters(shards, manifest, rules)
+    plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract, filters)
     units = begun.unfinished() if begun else list(plan.units)
     progress = Progress(total=plan.num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
     progress.message(_describe(plan, units, config, encoder.contract))
@@ -193,10 +203,11 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tu
             current, open_writer=_writer_opener(current, config), max_bad_fraction=config.max_bad_fraction
         ) as committer:
             if machinery is not None:
-                _encode_units(to_encode, committer, progress, config, rules, shards, machinery)
+                plans = (replan(shards, unit, rules, filters) for unit in claim(current, to_encode))
+                _encode_units(plans, to_encode, filters, committer, progress, config, shards, machinery)
             for unit in units:
                 if not unit.num_clips:
-                    committer.commit(replan(shards, unit, rules))
+                    committer.commit(replan(shards, unit, rules, filters))
             committer.check_any_rows()
     return current, len(units)
 
@@ -220,11 +231,12 @@ def _start_machinery(config: EncodeConfig, rules: SamplingRules, encoder: Encode
 
 
 def _encode_units(
+    plans: Iterator[UnitPlan],
     units: Sequence[Unit],
+    filters: Filters,
     committer: Committer,
     progress: Progress,
     config: EncodeConfig,
-    rules: SamplingRules,
     shards: Store,
     machinery: Machinery,
 ) -> None:
@@ -232,12 +244,12 @@ def _encode_units(
     _write_unconditional(committer.job, config, encoder)
     with progress:
         progress.already_done(progress.total - sum(unit.num_clips for unit in units))
-        plans = (replan(shards, unit, rules) for unit in claim(committer.job, units))
         buffers = FrameBuffers(pin=config.device != "cpu")
         if encoder.contract.video is None:
             batches = _batches_of_texts(plans)
         else:
-            collated = _collate(shards, plans, decoder, buffers, batch_size=config.preprocess_video_batch_size)
+            batch_size = config.preprocess_video_batch_size
+            collated = _collate(shards, plans, decoder, filters, buffers, batch_size=batch_size)
             batches = pipeline.stage("collate", collated, max_items=1)
         encoded = _encode(batches, encoder, buffers, config, committer.job.plan.columns)
         for batch in pipeline.stage("encode", encoded, max_items=2):
@@ -291,9 +303,15 @@ def _batches_of_texts(units: Iterator[UnitPlan]) -> Iterator[DecodedBatch]:
 
 
 def _collate(
-    shards: Store, units: Iterator[UnitPlan], decoder: Decoder, buffers: FrameBuffers, *, batch_size: int
+    shards: Store,
+    units: Iterator[UnitPlan],
+    decoder: Decoder,
+    filters: Filters,
+    buffers: FrameBuffers,
+    *,
+    batch_size: int,
 ) -> Iterator[DecodedBatch]:
-    """Decode the units' clips and put them together in their planned batches."""
+    """Decode the units' clips, look at their frames, and put them together in their planned batches."""
     results = decode_units(shards, units, decoder)
     for unit, first, decoded in results:
         for batch in unit.batches(batch_size):
@@ -301,21 +319,28 @@ def _collate(
             samples = list(clips.values())
             frames = buffers.take((len(batch), *samples[0].request.shape))
             bad: dict[str, BadSample] = {}
+            dropped: dict[str, tuple[str, str]] = {}
+            decoders: Counter[str] = Counter()
             for row, clip in clips.items():
                 if clip is not first:
                     _, _, decoded = next(results)
                 if decoded.bad is not None:
                     bad[clip.key] = decoded.bad
-                else:
-                    assert decoded.frames is not None
-                    frames[row] = decoded.frames
+                    continue
+                assert decoded.frames is not None
+                frames[row] = decoded.frames
+                decoders[decoded.decoder or "unknown"] += 1
+                if (excluded := filters.excludes_frames(decoded.frames)) is not None:
+                    dropped[clip.key] = excluded
             yield DecodedBatch(
                 unit=unit,
                 samples=samples,
                 prompts=_distinct_prompts(unit.clips) if samples[0] is first else (),
-                frames=_fill_holes({row: clip.key for row, clip in clips.items() if clip.key not in bad}, frames),
+                frames=_fill_holes({row: c.key for row, c in clips.items() if c.key not in {*bad, *dropped}}, frames),
                 places=list(clips),
                 bad=bad,
+                dropped=dropped,
+                decoders=decoders,
             )
 
 
@@ -351,8 +376,14 @@ def _encode(
             encoded = encoder.encode_batch(batch.frames)
             videos = [encoded[place] for place in batch.places]
             buffers.give_back(batch.frames.frames)
-        samples, bad = [], []
+        samples, bad, dropped = [], [], []
         for sample, video in zip(batch.samples, videos, strict=True):
+            if sample.key in batch.dropped:
+                reason, message = batch.dropped[sample.key]
+                dropped += [
+                    Excluded(key=row.key, reason=reason, message=message, stage="decode") for row in sample.rows
+                ]
+                continue
             if encoder.contract.video is not None and video and sample.key not in batch.bad:
                 check_first_frame(encoder.contract.video, video, sample.key)
             for row in sample.rows:
@@ -367,8 +398,10 @@ def _encode(
             unit=batch.unit,
             samples=tuple(samples),
             bad=tuple(bad),
+            dropped=tuple(dropped),
             num_samples=len(batch.samples),
             last=batch.last,
+            decoders=batch.decoders,
         )
 
 
@@ -501,4 +534,5 @@ def _stage_report(machinery: Machinery) -> str:
         f"busy: read {stats.read_seconds:.1f} s, decode {stats.decode_seconds:.1f} s in all processes, {encoding}; "
         f"it waited {pipeline.stages[0].starved_seconds:.1f} s for decoding and {writing}"
         + (f"; {count(stats.restarts, 'decoding process')} replaced" if stats.restarts else "")
+        + (f"; {count(stats.sequential, 'clip')} that torchcodec misread decoded in order" if stats.sequential else "")
     )

@@ -16,6 +16,7 @@ BAD_REASONS = {
     "decode_error": "the decoder refused the file",
     "truncated": "the file holds fewer frames than its header promises",
     "timestamps": "the decoder returned frames of other times than those asked for",
+    "resolution_change": "its frames change size midway",
     "decoder_timeout": "decoding took longer than --decode-timeout, twice",
     "decoder_crash": "the decoding process died, twice",
     "decoder_memory": "decoding needed more than --decode-memory-mb",
@@ -62,3 +63,16 @@ class Stopped(BaseException):
 
     Like `KeyboardInterrupt` no `Exception`: libraries swallow those while they are imported.
     """
+
+
+_OUT_OF_MEMORY = ("bad_alloc", "not enough memory", "allocate memory", "aten::empty")  # what C++, torch, torchcodec say
+
+
+def says_out_of_memory(error: Exception) -> bool:
+    """Whether this is about the machine and not about the video."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def first_line(error: Exception) -> str:
+    """What it says, short enough for a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]

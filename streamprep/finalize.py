@@ -138,5 +138,6 @@ def _index(records: Sequence[Record]) -> bytes:
                     }
                 rows.append(entry)
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+    table = pa.Table.from_pylist(rows) if rows else pa.table({"key": pa.array([], pa.string())})
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

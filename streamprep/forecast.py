@@ -13,10 +13,11 @@ from streamprep.buckets import Bucket, cropped_away, upscaling
 from streamprep.columns import ColumnTypes
 from streamprep.config import EncodeSettings
 from streamprep.contract import LatentContract
-from streamprep.errors import BAD_REASONS, UserError
+from streamprep.errors import UserError
+from streamprep.filters import Filters
 from streamprep.manifest import load_manifest
-from streamprep.plan import DROP_REASONS, ClipPlan, TextPlan, UnitPlan
-from streamprep.prepare import column_problem, plan_shards, rules_of
+from streamprep.plan import ClipPlan, TextPlan, UnitPlan, explain, is_drop
+from streamprep.prepare import column_problem, open_filters, plan_shards, rules_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardSample
 from streamprep.storage import Store
@@ -75,7 +76,8 @@ def forecast(shards: Store, config: EncodeSettings, contract: LatentContract, *,
     """
     result = Forecast(decisions=[] if with_decisions else None)
     manifest, rules, columns = load_manifest(shards), rules_of(config, contract), ColumnTypes(config.keep_columns)
-    for shard in plan_shards(shards, manifest, rules, config.max_samples):
+    filters = open_filters(shards, manifest, rules)
+    for shard in plan_shards(shards, manifest, rules, filters, config.max_samples):
         _add(result, shard.plan, {sample.key: sample for sample in shard.index.samples})
         columns.see(shard.index.samples)
     result.columns = columns.types(problem=column_problem(config))
@@ -91,18 +93,19 @@ def describe(result: Forecast, config: EncodeSettings, contract: LatentContract)
         yield "sizes     height x width x frames: clips, enlarged, pixels lost by the crop, frames repeated by the rate"
     for bucket, entry in sorted(result.buckets.items()):
         yield (
-            f"  {bucket!s:16} {entry.num_clips} clips, {entry.num_enlarged} enlarged, "
+            f"  {bucket!s:16} {count(entry.num_clips, 'clip')}, {entry.num_enlarged} enlarged, "
             f"{entry.cropped / entry.num_clips:.1%} lost, {entry.repeated / entry.num_frames:.1%} repeated"
             + (f"; {count(entry.num_images, 'image')} among them" if entry.num_images else "")
         )
     if set(result.windows) - {1}:
         parts = (f"{videos} of {clips}" for clips, videos in sorted(result.windows.items()))
         yield f"windows   videos of so many clips: {', '.join(parts)}"
-    reasons = DROP_REASONS | BAD_REASONS
     for reason, number in result.excluded.most_common():
-        yield f"{'dropped' if reason in DROP_REASONS else 'bad':9} {number} {reason}: {reasons[reason]}"
+        yield f"{'dropped' if is_drop(reason) else 'bad':9} {number} {reason}: {explain(reason)}"
     if result.columns:
         yield f"columns   {', '.join(f'{name} ({kind})' for name, kind in result.columns.items())}"
+    if names := Filters(config.filters).frame_filters:
+        yield f"filters   {', '.join(names)}: decided by the frames, while encoding, which may leave fewer rows"
     yield from _sizes(result, contract)
 
 

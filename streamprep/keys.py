@@ -14,9 +14,6 @@ import posixpath
 import re
 from pathlib import PurePosixPath
 
-IMAGE_EXTENSIONS = frozenset(("jpeg", "jpg", "png", "webp"))
-"""Of what is one picture: a clip of one frame."""
-
 _MAX_COMPONENT_BYTES = 64
 _MAX_KEY_BYTES = 150
 # ustar holds a name of 100 bytes and a folder prefix of 155, cut at a slash. With these limits a member name of
@@ -41,15 +38,6 @@ def extension_of(path: str) -> str:
     """What `key_of` takes away: the extension in lower case, without the dot; empty if there is none."""
     _, extension = _split_extension(path)
     return extension[1:].lower()
-
-
-def media_type_of(extension: str) -> str:
-    """``image`` or ``video``.
-
-    Args:
-        extension: As `extension_of` gives it.
-    """
-    return "image" if extension in IMAGE_EXTENSIONS else "video"
 
 
 def _split_extension(path: str) -> tuple[str, str]:

@@ -65,7 +65,14 @@ def load_manifest(store: Store) -> Manifest:
         value = json.loads(store.read(MANIFEST))
     except FileNotFoundError:
         if store.exists(PACK):
-            raise UserError(f"{store.url}: packing is not finished; run the same `streamprep pack` again") from None
+            raise UserError(
+                f"{store.url}: packing is not finished; run the same `streamprep pack` again (or `streamprep index`)"
+            ) from None
+        if any(entry.path.endswith(".tar") for entry in store.list()):
+            raise UserError(
+                f"{store.url} holds tars without an index (no {MANIFEST}): make it by `streamprep index {store.url}`, "
+                "which reads them once and copies nothing"
+            ) from None
         raise UserError(
             f"{store.url} holds no shards (no {MANIFEST}): make them by `streamprep pack DATASET {store.url}`"
         ) from None
@@ -92,13 +99,19 @@ def read_index(store: Store, shard: str, *, sha256: str) -> ShardIndex:
     """The index of a shard whose index is known by its digest.
 
     Raises:
-        UserError: if it is another one by now, or the tar beside it is missing or of another size.
+        UserError: if it is missing or another one by now, or the tar beside it is missing or of another size.
     """
-    data = store.read(index_name(shard))
+    try:
+        data = store.read(index_name(shard))
+    except FileNotFoundError:
+        raise UserError(f"{store.url}/{index_name(shard)} is missing: pack again") from None
     if canonical.bytes_digest(data) != sha256:
         raise UserError(f"{store.url}/{index_name(shard)} is not the index it was, which {MANIFEST} names: pack again")
     index = ShardIndex.from_json(data)
-    found = store.size_bytes(shard)
+    try:
+        found = store.size_bytes(shard)
+    except FileNotFoundError:
+        raise UserError(f"{store.url}/{shard} is missing: pack again") from None
     if found != index.size_bytes:
         raise UserError(f"{store.url}/{shard} has {found} bytes, its index says {index.size_bytes}: pack again")
     return index

@@ -18,11 +18,10 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from streamprep import canonical
 from streamprep.config import PackConfig
@@ -33,10 +32,12 @@ from streamprep.probe import ProbeError, probe_video
 from streamprep.progress import Progress, count, size
 from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name
 from streamprep.sources import list_dataset
-from streamprep.sources._files import Listing
+from streamprep.sources._files import Listing, OpenVideo, SourceOptions
 from streamprep.storage import Store, open_store
 from streamprep.types import RawSample
 from streamprep.watchdog import end_with_the_parent
+
+T = TypeVar("T")
 
 FORMAT = "streamprep-pack/1"
 SKIPPED = "skipped.jsonl"
@@ -54,23 +55,36 @@ def pack(config: PackConfig) -> Manifest:
         UserError: before anything is written, if the dataset or the options cannot be used.
         OSError: if the machine fails; calling again goes on from there.
     """
-    root, store = Path(config.dataset), open_store(config.shards)
-    listing = list_dataset(root, config.dataset_type)
+    store = open_store(config.shards)
+    options = SourceOptions(video_column=config.video_column, caption_column=config.caption_column, split=config.split)
+    listing = list_dataset(config.dataset, config.dataset_type, options)
+    if listing.in_order and config.shuffle is not None:
+        raise UserError(
+            f"--shuffle: the videos of {config.dataset} can only be read in their order; leave it out, and shuffle in "
+            "training"
+        )
     if config.captions_only:
-        listing.samples = [dataclasses.replace(sample, path=None, size_bytes=0) for sample in listing.samples]
+        listing.samples = [dataclasses.replace(sample, has_video=False, size_bytes=0) for sample in listing.samples]
     shards = cut_into_shards(listing.samples, shard_size_bytes=config.shard_size_mb * 2**20, shuffle=config.shuffle)
-    _start(store, config, listing, num_shards=len(shards))
+    if not store.exists(PACK):
+        _check_nothing_of_others(store)
+        _check_space(store, sum(sample.size_bytes for sample in listing.samples))
+    options_used = {
+        "shard_size_mb": config.shard_size_mb,
+        "shuffle": config.shuffle,
+        "captions_only": config.captions_only,
+        "num_shards": len(shards),
+    }
+    record_listing(store, {"format": FORMAT, **options_used}, listing)
     finished = _finished_shards(store, len(shards))
     todo = [number for number in range(len(shards)) if number not in finished]
     progress = Progress(total=len(listing.samples), unit="videos", verb="packing")
-    progress.message(
-        f"{count(len(listing.samples), 'video')} ({size(sum(sample.size_bytes for sample in listing.samples))}) "
-        f"in {count(len(shards), 'shard')}, {len(finished)} done"
-        + (f"; {count(len(listing.skipped), 'listed video')} missing, see {SKIPPED}" if listing.skipped else "")
-    )
+    progress.message(describe(listing, num_shards=len(shards), num_done=len(finished)))
     with progress:
         progress.already_done(sum(info.num_samples for info in finished.values()))
-        for number, info in _pack_shards(root, store, {number: shards[number] for number in todo}, config.num_workers):
+        for number, info in _pack_shards(
+            listing.open_video, store, {number: shards[number] for number in todo}, config.num_workers
+        ):
             finished[number] = info
             progress.advance(info.num_samples)
     manifest = Manifest(shards=tuple(finished[number] for number in range(len(shards))))
@@ -100,21 +114,33 @@ def cut_into_shards(
     return shards
 
 
-def _start(store: Store, config: PackConfig, listing: Listing, *, num_shards: int) -> None:
-    """Record what is packed, or make sure that it is what was begun."""
+def describe(listing: Listing, *, num_shards: int, num_done: int) -> str:
+    """What is to be done, in a line."""
+    what = "video" if any(sample.has_video for sample in listing.samples) else "caption"
+    return (
+        f"{count(len(listing.samples), what)} ({size(sum(sample.size_bytes for sample in listing.samples))}) "
+        f"in {count(num_shards, 'shard')}, {num_done} done"
+        + (f"; {count(len(listing.skipped), 'listed video')} skipped, see {SKIPPED}" if listing.skipped else "")
+    )
+
+
+def record_listing(store: Store, options: Mapping[str, Any], listing: Listing) -> None:
+    """Record what is packed, or make sure that it is what was begun.
+
+    Args:
+        store: Of the shards.
+        options: What decides the shards beside the listing.
+        listing: What the dataset holds.
+
+    Raises:
+        UserError: if it is not what was begun.
+    """
     rows = [dataclasses.asdict(sample) for sample in listing.samples]
     wanted = {
-        "format": FORMAT,
+        **options,
         "listing_sha256": canonical.digest([rows, [dataclasses.asdict(skipped) for skipped in listing.skipped]]),
         "num_samples": len(listing.samples),
-        "num_shards": num_shards,
-        "shard_size_mb": config.shard_size_mb,
-        "shuffle": config.shuffle,
-        "captions_only": config.captions_only,
     }
-    if not store.exists(PACK):
-        _check_nothing_of_others(store)
-        _check_space(store, sum(sample.size_bytes for sample in listing.samples))
     if store.put_if_absent(PACK, canonical.to_pretty_json(wanted), step="pack"):
         pass
     elif (begun := json.loads(store.read(PACK))) != wanted:
@@ -154,26 +180,37 @@ def _finished_shards(store: Store, num_shards: int) -> dict[int, ShardInfo]:
             data = store.read(index_name(name))
             index = ShardIndex.from_json(data)
             if files.get(name) == index.size_bytes:
-                finished[number] = _info(index, data)
+                finished[number] = shard_info(index, data)
     return finished
 
 
 def _pack_shards(
-    root: Path, store: Store, shards: dict[int, list[RawSample]], num_workers: int
+    open_video: OpenVideo, store: Store, shards: dict[int, list[RawSample]], num_workers: int
 ) -> Iterator[tuple[int, ShardInfo]]:
     """Pack the shards, several at a time, and yield each as it is done."""
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(shards))
+    jobs = {number: (open_video, store, _shard_name(number), samples) for number, samples in shards.items()}
+    yield from in_processes(pack_shard, jobs, num_workers)
+
+
+def in_processes(
+    work: Callable[..., T], jobs: Mapping[int, tuple[Any, ...]], num_workers: int
+) -> Iterator[tuple[int, T]]:
+    """Call a function for each job, several at a time, and yield (job, result) as each is done.
+
+    Args:
+        work: A function of a module.
+        jobs: What to call it with.
+        num_workers: Processes; 0 is one for each core, 1 is this process.
+    """
+    workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
-        for number, samples in shards.items():
-            yield number, pack_shard(root, store, _shard_name(number), samples)
+        for number, arguments in jobs.items():
+            yield number, work(*arguments)
         return
     # Not forkserver: a process has one, and decoding children want theirs with torchcodec loaded.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
-        futures = {
-            pool.submit(pack_shard, root, store, _shard_name(number), samples): number
-            for number, samples in shards.items()
-        }
+        futures = {pool.submit(work, *arguments): number for number, arguments in jobs.items()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -189,11 +226,11 @@ def _follow_parent() -> None:
     end_with_the_parent()
 
 
-def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]) -> ShardInfo:
+def pack_shard(open_video: OpenVideo, store: Store, name: str, samples: Sequence[RawSample]) -> ShardInfo:
     """Write one shard, then its index.
 
     Args:
-        root: The dataset's folder.
+        open_video: The listing's.
         store: Where to.
         name: Of the tar.
         samples: In this order.
@@ -201,23 +238,23 @@ def pack_shard(root: Path, store: Store, name: str, samples: Sequence[RawSample]
     with store.new_file() as file:
         with open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES) as target:
             tar = TarWriter(target)
-            packed = tuple(_add_sample(tar, *read) for read in _read_ahead(root, samples))
+            packed = tuple(_add_sample(tar, *read) for read in _read_ahead(open_video, samples))
             tar.finish()
         file.publish(name, step="shard")
     index = ShardIndex(name=name, size_bytes=tar.size_bytes, samples=packed)
     data = index.to_json()
     store.put(index_name(name), data, step="shard_index")
-    return _info(index, data)
+    return shard_info(index, data)
 
 
 def _read_ahead(
-    root: Path, samples: Sequence[RawSample]
+    open_video: OpenVideo, samples: Sequence[RawSample]
 ) -> Iterator[tuple[RawSample, BinaryIO | None, dict[str, Any]]]:
     """Hash and probe one video while the one before it is copied: sample, open file, content of ``KEY.json``."""
     with ThreadPoolExecutor(1) as thread:
         reading: Future[tuple[RawSample, BinaryIO | None, dict[str, Any]]] | None = None
         for sample in samples:
-            following = thread.submit(_open_and_probe, root, sample)
+            following = thread.submit(open_and_probe, open_video, sample)
             if reading is not None:
                 yield reading.result()
             reading = following
@@ -225,20 +262,22 @@ def _read_ahead(
             yield reading.result()
 
 
-def _open_and_probe(root: Path, sample: RawSample) -> tuple[RawSample, BinaryIO | None, dict[str, Any]]:
+def open_and_probe(open_video: OpenVideo, sample: RawSample) -> tuple[RawSample, BinaryIO | None, dict[str, Any]]:
+    """(the sample, its open file if it has a video, the content of its ``KEY.json``)."""
     metadata = {
         "file_name": sample.file_name,
         "captions": list(sample.captions),
         "declared": dict(sample.declared),
         "extra": dict(sample.extra),
     }
-    if sample.path is None:
+    if not sample.has_video:
         return sample, None, metadata
-    file = open(root / sample.path, "rb")  # noqa: SIM115 - closed when it is copied
-    if os.fstat(file.fileno()).st_size != sample.size_bytes:
+    file = open_video(sample)  # closed when it is copied
+    if file.seek(0, os.SEEK_END) != sample.size_bytes:
         file.close()
-        raise OSError(f"{root / sample.path} changed while it was packed; let it settle and pack into a new folder")
-    return sample, file, metadata | {"extension": extension_of(sample.path)} | _video_metadata(file)
+        raise OSError(f"{sample.path} changed while it was packed; let it settle and pack into a new folder")
+    file.seek(0)
+    return sample, file, metadata | {"extension": extension_of(sample.file_name)} | _video_metadata(file)
 
 
 def _add_sample(tar: TarWriter, sample: RawSample, file: BinaryIO | None, metadata: dict[str, Any]) -> ShardSample:
@@ -277,7 +316,8 @@ def _chunks(file: BinaryIO) -> Iterator[memoryview]:
         yield buffer[:size_bytes]
 
 
-def _info(index: ShardIndex, data: bytes) -> ShardInfo:
+def shard_info(index: ShardIndex, data: bytes) -> ShardInfo:
+    """What the manifest says of a shard."""
     return ShardInfo(
         name=index.name,
         num_samples=len(index.samples),

@@ -3,9 +3,9 @@
 No tar is opened, nothing is decoded, and the same index with the same rules always gives the same plan. A *unit* is
 one shard: it is taken, encoded and committed as a whole.
 
-For each sample: may it be used (`streamprep.where`, its captions, its length)? At which size (`streamprep.buckets`)?
-Which frames (`streamprep.sampling`), by the fps and num_frames that the dataset declares where they agree with the
-file?
+For each sample: may it be used (`streamprep.where`, its captions, its length, `streamprep.filters`)? At which size
+(`streamprep.buckets`)? Which frames (`streamprep.sampling`), by the fps and num_frames that the dataset declares where
+they agree with the file?
 
 A video gives one clip, or several windows (``#NN``); an image is a clip of one frame, for buckets of one frame, which
 videos leave to images where there are longer ones. A clip is decoded and encoded once and becomes a *row* for each
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from streamprep.buckets import Bucket, choose_bucket, upscaling
-from streamprep.errors import BadSample
-from streamprep.keys import media_type_of
+from streamprep.errors import BAD_REASONS, BadSample
+from streamprep.filters import Filters
 from streamprep.sampling import ResampledVideo, resample, uniform, window_starts
 from streamprep.shards import Member, ShardIndex, ShardSample
-from streamprep.types import DecodeRequest
+from streamprep.types import DecodeRequest, VideoLoader
 from streamprep.where import Where
 
 DROP_REASONS = {
@@ -38,8 +38,9 @@ DROP_REASONS = {
     "too_short": "it has fewer frames than --num-frames (or the shortest bucket) at --train-fps, or is an image and no "
     "bucket is of one frame",
     "too_long": "it is longer than --video-length-tolerance-range allows",
+    "filter": "--filters leaves it out",
 }
-"""Why a rule excludes a sample: the closed list."""
+"""Why a rule excludes a sample: the closed list; a filter's reason is ``filter:NAME``."""
 
 _FPS_TOLERANCE = 0.001
 
@@ -61,6 +62,8 @@ class SamplingRules:
     """Which of a sample's captions: ``first``, ``random`` or ``all``."""
     training_cfg_rate: float = 0.0
     """Share of the rows whose prompt is empty."""
+    filters: tuple[str, ...] = ()
+    """As `streamprep.filters.Filters` takes them."""
     where: str | None = None
     """An SQL expression that a sample's metadata must fulfil."""
     window: str = "first"
@@ -75,6 +78,7 @@ class SamplingRules:
     max_upscale: float | None = None
     frame_step: int = 4
     """The model's: clips have ``frame_step * k + 1`` frames."""
+    video_loader_type: VideoLoader = "torchcodec"
     seed: int = 42
     """With the key, it decides what is random."""
 
@@ -97,6 +101,8 @@ class Excluded:
     reason: str
     """One of `DROP_REASONS` if a rule dropped it, of `errors.BAD_REASONS` if it is bad."""
     message: str
+    stage: str = "plan"
+    """``plan``, or ``decode`` for a row that was planned and then dropped for its frames."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,13 +213,17 @@ class UnitPlan:
                     yield batch
 
 
-def plan_unit(unit_id: str, index: ShardIndex, rules: SamplingRules, *, limit: int | None = None) -> UnitPlan:
+def plan_unit(
+    unit_id: str, index: ShardIndex, rules: SamplingRules, filters: Filters | None = None, *, limit: int | None = None
+) -> UnitPlan:
     """Decide about every sample of a shard.
 
     Args:
         unit_id: The unit's name.
         index: The shard's samples.
         rules: What the settings say.
+        filters: Those of the rules, which have seen all samples: `prepare.open_filters`. May be left out where none of
+            them has to.
         limit: Look no further once so many clips, or samples of which only captions are encoded, are found.
 
     Raises:
@@ -222,6 +232,7 @@ def plan_unit(unit_id: str, index: ShardIndex, rules: SamplingRules, *, limit: i
     samples: list[TextPlan] = []
     dropped: list[Excluded] = []
     bad: list[Excluded] = []
+    filters = Filters(rules.filters) if filters is None else filters
     chosen = where_of(rules).keys_of(index.samples) if rules.where else None
     for sample in index.samples:
         if limit is not None and len(samples) >= limit:
@@ -230,6 +241,8 @@ def plan_unit(unit_id: str, index: ShardIndex, rules: SamplingRules, *, limit: i
             if chosen is not None and sample.key not in chosen:
                 raise _Drop("where", f"--where {rules.where}")
             found = [plan_text(sample, rules)] if rules.workload_type == "text" else plan_clips(sample, rules)
+            if (excluded := filters.excludes(sample)) is not None:
+                raise _Drop(*excluded)
             samples += found
             dropped += found[0].unusable
         except _Drop as drop:
@@ -242,6 +255,16 @@ def plan_unit(unit_id: str, index: ShardIndex, rules: SamplingRules, *, limit: i
     return UnitPlan(
         id=unit_id, shard=index.name, clips=tuple(clips), texts=texts, dropped=tuple(dropped), bad=tuple(bad)
     )
+
+
+def is_drop(reason: str) -> bool:
+    """Whether it is why a rule excludes a sample, rather than why one is bad."""
+    return reason.partition(":")[0] in DROP_REASONS
+
+
+def explain(reason: str) -> str:
+    """A reason, of either kind, in words."""
+    return (DROP_REASONS | BAD_REASONS)[reason.partition(":")[0]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -275,7 +298,8 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
         raise _Drop("no_video", DROP_REASONS["no_video"])
     if "probe_error" in metadata:
         raise BadSample("probe_failed", metadata["probe_error"], stage="plan")
-    media_type = media_type_of(metadata["extension"])
+    _check_size(metadata, rules)
+    media_type = metadata.get("media_type", "video")
     is_video = media_type == "video"
     fps, num_frames = _declared_or_probed(metadata) if is_video else (metadata["fps"], 1)
     captions, unusable = _choose_captions(sample, rules)
@@ -314,6 +338,7 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
                     height=bucket.height,
                     width=bucket.width,
                     max_pixels=rules.max_pixels,
+                    loader=rules.video_loader_type,
                 ),
             )
         )
@@ -378,9 +403,19 @@ def _choose_size(sample: ShardSample, video: ResampledVideo, sizes: Sequence[Buc
 
 class _Drop(Exception):
     def __init__(self, reason: str, message: str) -> None:
-        assert reason in DROP_REASONS, reason
+        assert is_drop(reason), reason
         super().__init__(f"{reason}: {message}")
         self.reason, self.message = reason, message
+
+
+def _check_size(metadata: Any, rules: SamplingRules) -> None:
+    width, height = metadata["width"], metadata["height"]
+    if width * height > rules.max_pixels:
+        raise BadSample(
+            "too_large",
+            f"frames of {width}x{height} pixels, more than the {rules.max_pixels} of --max-pixels",
+            stage="plan",
+        )
 
 
 def _declared_or_probed(metadata: Any) -> tuple[float, int]:

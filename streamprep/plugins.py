@@ -1,4 +1,4 @@
-"""Finding sources, encoders and exporters by name.
+"""Finding sources, filters, encoders and exporters by name.
 
 Ours are files of a package (``streamprep/sources/merged.py`` is the source ``merged``); other distributions add theirs
 by an entry point of the group of that package's name; and ``package.module:function`` names anything importable, with
@@ -18,6 +18,7 @@ from streamprep.errors import UserError
 
 GROUPS = {
     "streamprep.sources": ("streamprep.sources", "read_samples"),
+    "streamprep.filters": ("streamprep.filters", "make_filter"),
     "streamprep.encoders": ("streamprep.encoders", "load_encoder"),
     "streamprep.exporters": ("exporters", "open_shard"),
 }

@@ -16,16 +16,17 @@ from streamprep.buckets import parse_buckets
 from streamprep.columns import ColumnTypes
 from streamprep.config import EncodeConfig, EncodeSettings
 from streamprep.contract import LatentContract
-from streamprep.errors import BAD_REASONS, UserError
+from streamprep.errors import UserError
+from streamprep.filters import Filters
 from streamprep.job import Fingerprint, JobPlan, Unit
 from streamprep.manifest import Manifest, ShardInfo, load_index, load_manifest, read_index
-from streamprep.plan import DROP_REASONS, SamplingRules, UnitPlan, plan_unit, where_of
+from streamprep.plan import SamplingRules, UnitPlan, explain, plan_unit, where_of
 from streamprep.progress import count, size
-from streamprep.shards import ShardIndex
+from streamprep.shards import ShardIndex, ShardSample
 from streamprep.storage import Store
 
 
-def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentContract) -> JobPlan:
+def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentContract, filters: Filters) -> JobPlan:
     """Decide what is to be encoded; nothing is written.
 
     Raises:
@@ -33,7 +34,7 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
     """
     exporter, manifest, rules = load_exporter(config), load_manifest(shards), rules_of(config, contract)
     units, reasons, columns = [], Counter[str](), ColumnTypes(config.keep_columns)
-    for shard in plan_shards(shards, manifest, rules, config.max_samples):
+    for shard in plan_shards(shards, manifest, rules, filters, config.max_samples):
         units.append(_unit(shard, contract))
         columns.see(shard.index.samples)
         reasons.update(item.reason for item in shard.plan.dropped + shard.plan.bad)
@@ -48,7 +49,7 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
         columns=columns.types(problem=column_problem(config)),
     )
     if not plan.num_clips:
-        why = "; ".join(f"{n} {reason} ({(DROP_REASONS | BAD_REASONS)[reason]})" for reason, n in reasons.most_common())
+        why = "; ".join(f"{n} {reason} ({explain(reason)})" for reason, n in reasons.most_common())
         raise UserError(f"{shards.url}: none of {count(manifest.num_samples, 'sample')} would be encoded: {why}")
     if plan.size_bytes > out.free_bytes():
         raise UserError(
@@ -69,23 +70,46 @@ class PlannedShard:
 
 
 def plan_shards(
-    shards: Store, manifest: Manifest, rules: SamplingRules, max_samples: int | None
+    shards: Store, manifest: Manifest, rules: SamplingRules, filters: Filters, max_samples: int | None
 ) -> Iterator[PlannedShard]:
     """Decide about every shard, in the manifest's order.
 
     Raises:
         UserError: if ``rules.where`` names a column that no sample has.
     """
+    where_of.cache_clear()  # it remembers the columns of the shards that were planned before
     left = max_samples
     for number, info in enumerate(manifest.shards):
         if left == 0:
             break
         index = load_index(shards, info)
-        plan = plan_unit(f"{number:06d}", index, rules, limit=left)
+        plan = plan_unit(f"{number:06d}", index, rules, filters, limit=left)
         yield PlannedShard(info=info, index=index, plan=plan, limit=left if len(plan.samples) == left else None)
         left = None if left is None else left - len(plan.samples)
     if rules.where:
-        where_of(rules).check_known()
+        where = where_of(rules)
+        for info in manifest.shards:  # the limit may have left out those that have the column
+            if where.unknown:
+                where.keys_of(load_index(shards, info).samples)
+        where.check_known()
+
+
+def open_filters(shards: Store, manifest: Manifest, rules: SamplingRules) -> Filters:
+    """The filters of the rules; those that must see all samples read every index.
+
+    Raises:
+        UserError: if there is no such filter.
+    """
+
+    def samples_left_by(filters: Filters) -> Iterator[ShardSample]:
+        for info in manifest.shards:
+            index = load_index(shards, info)
+            planned = {sample.key.partition("#")[0] for sample in plan_unit("", index, rules, filters).samples}
+            yield from (sample for sample in index.samples if sample.key in planned)
+
+    filters = Filters(rules.filters)
+    filters.survey(samples_left_by)
+    return filters
 
 
 def load_exporter(config: EncodeSettings) -> Any:
@@ -114,10 +138,10 @@ def column_problem(config: EncodeSettings) -> Callable[[str], str | None]:
     return functools.partial(load_exporter(config).column_problem, workload=config.workload_type)
 
 
-def replan(shards: Store, unit: Unit, rules: SamplingRules) -> UnitPlan:
-    """The decisions about one unit, which follow from its index again and again."""
+def replan(shards: Store, unit: Unit, rules: SamplingRules, filters: Filters) -> UnitPlan:
+    """The decisions about one unit, which follow from its index (and what the filters saw) again and again."""
     index = read_index(shards, unit.shard, sha256=unit.index_sha256)
-    plan = plan_unit(unit.id, index, rules, limit=unit.limit)
+    plan = plan_unit(unit.id, index, rules, filters, limit=unit.limit)
     if unit.keys is not None:
         plan = plan.only(frozenset(unit.keys), unit.retried)
     assert job.keys_digest(row.key for row in plan.rows) == unit.rows_sha256, f"unit {unit.id} is planned otherwise"
@@ -150,7 +174,7 @@ def rules_of(config: EncodeSettings, contract: LatentContract) -> SamplingRules:
     """What the settings say about choosing clips and captions.
 
     Raises:
-        UserError: if a size is one that the model cannot encode whole, or the expression of ``--where`` is none.
+        UserError: if a size is one that the model cannot encode whole, or ``--where`` or ``--filters`` are wrong.
     """
     video = contract.video
     given = {rule.name: getattr(config, rule.name) for rule in fields(SamplingRules) if hasattr(config, rule.name)}
@@ -170,6 +194,9 @@ def rules_of(config: EncodeSettings, contract: LatentContract) -> SamplingRules:
     else:
         given["buckets"] = ()
     rules = SamplingRules(**given)
+    frame_filters = Filters(rules.filters).frame_filters
+    if frame_filters and video is None:
+        raise UserError(f"--filters {frame_filters[0]} looks at frames, --workload-type {contract.workload} at none")
     if rules.where:
         where_of(rules)
     return rules
@@ -182,7 +209,7 @@ def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manife
     captions = {name: rules.pop(name) for name in ("caption", "training_cfg_rate")}
     video = c["video"]
     if video is None:
-        sampling = {name: rules[name] for name in ("workload_type", "where", "seed")}
+        sampling = {name: rules[name] for name in ("workload_type", "where", "filters", "seed")}
     else:
         video |= {"preprocess_video_batch_size": config.preprocess_video_batch_size}
         sampling = rules | {"video_loader_type": config.video_loader_type}

@@ -1,6 +1,6 @@
 """Container headers -> frames, fps, size, rotation, codec, without decoding the video.
 
-1. The file must begin like a video container; nothing else ever reaches FFmpeg.
+1. The file must begin like a video container; nothing else ever reaches FFmpeg. Images go to `streamprep.images`.
 2. MP4 and MOV are read by our own box walk (`streamprep.mp4`), from their index alone.
 3. What that finds unusual, and all other containers, FFmpeg reads: its packets, which are frames not yet decoded. Only
    where the picture may have to be turned, the first frame is decoded too.
@@ -13,6 +13,7 @@ from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
+from streamprep.images import ImageError, probe_image, sniff_image
 from streamprep.mp4 import BrokenMp4Error, UnusualMp4Error, VideoTrack, read_mp4_track
 from streamprep.types import VideoInfo
 
@@ -37,8 +38,12 @@ class ProbeError(ValueError):
     """The header cannot be read; the message says why in one line."""
 
 
+class NoVideoStreamError(ProbeError):
+    """A container without a video."""
+
+
 def probe_video(file: BinaryIO) -> VideoInfo:
-    """What the headers of a video file say.
+    """What the headers of a video file say; an image is a video of one frame that is shown for a second.
 
     Args:
         file: Seekable, such as ``open(path, "rb")`` or ``io.BytesIO(data)``; never read as a whole if it is MP4.
@@ -48,19 +53,37 @@ def probe_video(file: BinaryIO) -> VideoInfo:
     """
     file.seek(0)
     head = file.read(_HEAD_BYTES)
+    if (image_format := sniff_image(head)) is not None:
+        return _probe_image(file, image_format)
     container = sniff_container(head)
     if container is None:
         raise ProbeError(f"not a video: it begins with {head[:16]!r}")
+    return _to_video_info(read_track(file, container))
+
+
+def _probe_image(file: BinaryIO, image_format: str) -> VideoInfo:
     try:
-        return _to_video_info(_read_track(file, container))
-    except BrokenMp4Error as error:
+        return probe_image(file, image_format)
+    except ImageError as error:
         raise ProbeError(str(error)) from error
 
 
-def _read_track(file: BinaryIO, container: str) -> VideoTrack:
-    if container == "mp4":
-        with suppress(UnusualMp4Error):
-            return read_mp4_track(file)
+def read_track(file: BinaryIO, container: str) -> VideoTrack:
+    """The video stream of a file, without decoding it.
+
+    Args:
+        file: Seekable.
+        container: As `sniff_container` names it.
+
+    Raises:
+        ProbeError: It has none, or its header cannot be read.
+    """
+    try:
+        if container == "mp4":
+            with suppress(UnusualMp4Error):
+                return read_mp4_track(file)
+    except BrokenMp4Error as error:
+        raise ProbeError(str(error)) from error
     return read_track_with_ffmpeg(file, container)
 
 
@@ -181,16 +204,8 @@ def read_track_with_ffmpeg(file: BinaryIO, container: str) -> VideoTrack:
     """
     import av
 
-    file.seek(0)
     try:
-        with av.open(
-            file,
-            "r",
-            format=_DEMUXERS.get(container, container),
-            options=_CODEC_OPTIONS,
-            metadata_errors="replace",
-            io_open=_refuse_to_open,
-        ) as opened:
+        with open_container(file, container) as opened:
             return _read_best_stream(opened, may_be_turned=container in ("mp4", "matroska"))
     except av.FFmpegError as error:
         raise ProbeError(f"FFmpeg cannot read this {container} file: {error.strerror}") from error
@@ -198,12 +213,37 @@ def read_track_with_ffmpeg(file: BinaryIO, container: str) -> VideoTrack:
         raise ProbeError(f"a stream of this {container} file begins too late for PyAV") from error
 
 
+def open_container(file: BinaryIO, container: str) -> InputContainer:
+    """Open a file with the demuxer of its container and no other.
+
+    Args:
+        file: Seekable.
+        container: As `sniff_container` names it.
+
+    Raises:
+        ProbeError: It asks for another file.
+        av.FFmpegError: FFmpeg cannot open it.
+    """
+    import av
+
+    file.seek(0)
+    opened: InputContainer = av.open(
+        file,
+        "r",
+        format=_DEMUXERS.get(container, container),
+        options=_CODEC_OPTIONS,
+        metadata_errors="replace",
+        io_open=_refuse_to_open,
+    )
+    return opened
+
+
 def _refuse_to_open(url: str, *_: object) -> NoReturn:
     raise ProbeError(f"it asks for another file: {url!r}")
 
 
 def _read_best_stream(opened: InputContainer, *, may_be_turned: bool) -> VideoTrack:
-    stream = _best_stream(opened)
+    stream = best_stream(opened)
     width, height = stream.width, stream.height  # now: a broken first frame would change them
     rotation = None if may_be_turned else 0
     shown: list[tuple[int, int]] = []
@@ -229,13 +269,18 @@ def _read_best_stream(opened: InputContainer, *, may_be_turned: bool) -> VideoTr
     )
 
 
-def _best_stream(opened: InputContainer) -> VideoStream:
+def best_stream(opened: InputContainer) -> VideoStream:
+    """The stream that FFmpeg would show, with one thread to decode it.
+
+    Raises:
+        ProbeError: There is none, or it cannot be decoded.
+    """
     from av.stream import Disposition
     from av.video.stream import VideoStream
 
     stream = opened.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-        raise ProbeError("no video stream")
+        raise NoVideoStreamError("no video stream")
     if stream.codec_context is None or stream.width == 0 or stream.height == 0:
         raise ProbeError(f"its frames have more than {_MAX_PIXELS} pixels, or no size, or FFmpeg lacks the codec")
     stream.codec_context.options = _CODEC_OPTIONS

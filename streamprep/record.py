@@ -43,16 +43,24 @@ class Record:
     bad: Mapping[str, int]
     """How many for each reason."""
     dropped: tuple[Excluded, ...]
+    """By the plan, and after decoding."""
     quarantine: QuarantineFile | None
     seconds: Mapping[str, float]
     """Time per stage."""
     retried: Mapping[str, int] = field(default_factory=dict)
     """In a retry: how many of its samples were bad for each reason, and no longer count for it."""
+    decoders: Mapping[str, int] = field(default_factory=dict)
+    """How many clips each decoder gave; ``sequential`` where torchcodec misread a video."""
 
     @property
     def num_rows(self) -> int:
         """In all files."""
         return sum(len(file.rows) for file in self.files)
+
+    @property
+    def dropped_rows(self) -> list[Excluded]:
+        """Rows that were planned and then dropped for their frames."""
+        return [item for item in self.dropped if item.stage != "plan"]
 
     @property
     def num_bad(self) -> int:
@@ -76,7 +84,8 @@ class Record:
             ],
             "bad": dict(self.bad),
             "retried": dict(self.retried),
-            "dropped": [[item.key, item.reason, item.message] for item in self.dropped],
+            "decoders": dict(self.decoders),
+            "dropped": [[item.key, item.reason, item.message, item.stage] for item in self.dropped],
             "quarantine": dataclasses.asdict(self.quarantine) if self.quarantine else None,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
@@ -101,11 +110,13 @@ class Record:
             ),
             bad=value["bad"],
             dropped=tuple(
-                Excluded(key=key, reason=reason, message=message) for key, reason, message in value["dropped"]
+                Excluded(key=key, reason=reason, message=message, stage=stage)
+                for key, reason, message, stage in value["dropped"]
             ),
             quarantine=QuarantineFile(**value["quarantine"]) if value["quarantine"] else None,
             seconds=value["seconds"],
-            retried=value.get("retried", {}),
+            retried=value["retried"],
+            decoders=value["decoders"],
         )
 
 

@@ -83,6 +83,7 @@ def retry(config: RetryConfig) -> Retried:
 def settings(plan: JobPlan, config: RetryConfig) -> EncodeConfig:
     """The job's own, but for what does not decide what is encoded."""
     kept = {field.name: plan.config[field.name] for field in fields(EncodeConfig) if field.name in plan.config}
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     anew = {name: value for name in _ANEW if (value := getattr(config, name)) is not None}
     return EncodeConfig(**kept | {"shards": plan.shards, "out": config.out, "serial": config.serial} | anew)
 

@@ -57,6 +57,8 @@ def resample(metadata: Mapping[str, Any], *, fps: float, num_frames: int, train_
     else:
         indices = frame_indices(num_frames, fps=fps, train_fps=train_fps)
         indices = indices[indices < metadata["num_frames"]]
+        if metadata["num_frames"] == 1:  # an image, perhaps: below the training rate it would be taken again and again
+            indices = indices[:1]
         length = len(indices)
     return ResampledVideo(
         length=length,

@@ -30,8 +30,10 @@ _SAME, _OTHER = 0.05, 1e-4
 """Relative L2 distances: less than the first is the same but for rounding in bfloat16 (0.3 to 1 % measured with padding
 and without), more than the second is another."""
 
-FIRST_FRAME_TOLERANCE = {"float32": 1e-3, "tf32": 2e-2, "float16": 5e-2, "bfloat16": 0.25}
-"""Of normalised latents, which have a standard deviation near 1. Measured on a CPU: 0 in float32."""
+FIRST_FRAME_TOLERANCE = {"float32": 1e-3, "tf32": 2e-2, "float16": 5e-2, "bfloat16": 0.1}
+"""Of normalised latents, which have a standard deviation near 1. On a CPU 1e-7 was measured in every dtype: the first
+frame is a chunk of its own for the VAE, so that both are the same computation. A GPU may choose another kernel for each
+of the two; then they differ as their rounding does (0.04 between bfloat16 and float32)."""
 
 
 def check_encoder(encoder: Encoder) -> None:
@@ -70,7 +72,7 @@ def check_first_frame(video: VideoContract, tensors: Mapping[str, Tensor], key: 
         raise LatentMismatch(
             f"the conditioning latent of {key!r} begins with another frame than its video latent: they differ by "
             f"{difference:.3g} after normalisation, {tolerance:g} is allowed in {video.dtype}; the VAE is not causal, "
-            "or its latents_mean and latents_std are not those of its weights"
+            "or this machine computes wrongly"
         )
 
 
@@ -82,9 +84,9 @@ def _check_text(encoder: Encoder, contract: LatentContract) -> None:
         if embedding.ndim != 2 or embedding.shape[1] != contract.text.dim or len(embedding) < 2:
             raise refuse(f"is of shape {tuple(embedding.shape)}", f"(L, {contract.text.dim})")
     _check_values(refuse, [short, long])
-    if _distance(short.mean(0), long.mean(0)) < _OTHER:
+    if not _distance(short.mean(0), long.mean(0)) >= _OTHER:
         raise refuse("is the same for two prompts", "one that depends on the prompt")
-    if short.shape != alone.shape or _distance(short, alone) > _SAME:
+    if short.shape != alone.shape or not _distance(short, alone) <= _SAME:  # NaN is not
         raise refuse("changes with the other prompts of its batch", "one that does not")
 
 
@@ -98,7 +100,7 @@ def _check_clips(encoder: Encoder, contract: LatentContract, video: VideoContrac
             if tuple(tensor.shape) != shape:
                 raise refuse(f"is of shape {tuple(tensor.shape)}", f"{shape}")
         _check_values(refuse, tensors)
-        if _distance(*tensors) < _OTHER:
+        if not _distance(*tensors) >= _OTHER:
             raise refuse("is the same for two clips", "one that depends on the picture")
     for number, clip in enumerate(clips):
         try:

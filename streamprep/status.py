@@ -24,6 +24,9 @@ def describe(current: Job) -> Iterator[str]:
     yield f"samples  {clips} of {plan.num_clips} done"
     yield f"output   {count(result.num_rows, 'row')}, {count(result.num_files, 'file')}, {size(result.size_bytes)}"
     yield from (f"retry    {describe_round(current, one)}" for one in current.rounds())
+    decoders = job.total(record.decoders for record in current.records())
+    if decoders:
+        yield f"decoded  {', '.join(f'{number} by {name}' for name, number in decoders.items())}"
     yield from _reasons(current, result)
     stopped = current.stop_reason()
     if stopped is not None:

@@ -143,6 +143,28 @@ class Store:
             file.path.write_bytes(data)
             return file.publish(path, step=step, replace=False)
 
+    def link(self, path: str, target: Path, *, step: str) -> None:
+        """Make a name here stand for a file elsewhere, by a symbolic link; it is no error if it does already.
+
+        Args:
+            path: The name.
+            target: Absolute.
+            step: Name of the durable step, for `crash_point`.
+
+        Raises:
+            FileExistsError: if something else has the name.
+        """
+        link = self._resolve(path)
+        crash_point(step)
+        _make_folder(link.parent)
+        try:
+            link.symlink_to(target)
+        except FileExistsError:
+            if not link.is_symlink() or link.readlink() != target:
+                raise
+        _flush_folder(link.parent)
+        crash_point(f"{step}.after")
+
     def delete(self, path: str, *, step: str) -> None:
         """Remove a file; it is no error if it is gone."""
         crash_point(step)

@@ -13,8 +13,10 @@ import torch.utils.data
 from streamprep.decode_pool import DecodePool
 from streamprep.decoder import Decoded, Decoder, DecodeTask, InlineDecoder
 from streamprep.errors import BadSample
+from streamprep.filters import Filters
 from streamprep.manifest import ShardInfo, load_index, load_manifest
 from streamprep.plan import ClipPlan, SamplingRules, UnitPlan, plan_unit
+from streamprep.prepare import open_filters
 from streamprep.shards import read_member
 from streamprep.storage import Store, open_store
 from streamprep.types import Clip
@@ -92,9 +94,10 @@ class ClipStream(torch.utils.data.IterableDataset[Clip]):
         store = open_store(self._shards)
         self.bad = []
         worker = torch.utils.data.get_worker_info()
-        units = self._units(store, worker.id if worker else 0, worker.num_workers if worker else 1)
+        filters = open_filters(store, load_manifest(store), self._rules)
+        units = self._units(store, worker.id if worker else 0, worker.num_workers if worker else 1, filters)
         if worker is not None:
-            yield from self._clips(store, units, InlineDecoder())
+            yield from self._clips(store, units, filters, InlineDecoder())
             return
         with DecodePool(
             num_workers=self._num_workers,
@@ -103,19 +106,20 @@ class ClipStream(torch.utils.data.IterableDataset[Clip]):
             timeout_seconds=self._timeout_seconds,
             memory_bytes=self._memory_bytes,
         ) as pool:
-            yield from self._clips(store, units, pool)
+            yield from self._clips(store, units, filters, pool)
 
-    def _units(self, store: Store, worker: int, num_workers: int) -> Iterator[UnitPlan]:
+    def _units(self, store: Store, worker: int, num_workers: int, filters: Filters | None = None) -> Iterator[UnitPlan]:
         shards: tuple[ShardInfo, ...] = load_manifest(store).shards
         for number in range(self._rank * num_workers + worker, len(shards), self._world_size * num_workers):
-            unit = plan_unit(f"{number:06d}", load_index(store, shards[number]), self._rules)
+            unit = plan_unit(f"{number:06d}", load_index(store, shards[number]), self._rules, filters)
             self.bad += [(bad.key, BadSample(bad.reason, bad.message, stage="plan")) for bad in unit.bad]
             yield unit
 
-    def _clips(self, store: Store, units: Iterable[UnitPlan], decoder: Decoder) -> Iterator[Clip]:
+    def _clips(self, store: Store, units: Iterable[UnitPlan], filters: Filters, decoder: Decoder) -> Iterator[Clip]:
         for _, clip, decoded in decode_units(store, units, decoder):
             if decoded.bad is not None:
                 self.bad.append((clip.key, decoded.bad))
-            else:
-                assert decoded.frames is not None
+                continue
+            assert decoded.frames is not None
+            if filters.excludes_frames(decoded.frames) is None:
                 yield Clip(key=clip.key, frames=decoded.frames.clone(), caption=clip.rows[0].caption)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,8 @@ class VideoInfo:
     """FFmpeg's name: ``h264``, ``hevc``, ``vp9``, ``av1``, ..."""
     variable_frame_rate: bool
     """Whether any frame is shown more than half a frame away from ``start + index / fps``."""
+    media_type: Literal["video", "image"] = "video"
+    """An image is one frame that lasts a second."""
 
     def __post_init__(self) -> None:
         if self.num_frames <= 0 or self.width <= 0 or self.height <= 0 or not 0 < self.fps < float("inf"):
@@ -53,8 +55,10 @@ class RawSample:
     """Unique in the dataset; the WebDataset ``__key__``."""
     file_name: str
     """The path the dataset knows the video by, with extension; becomes the output's ``id``."""
-    path: str | None
-    """Where the bytes are, relative to the dataset's root; None for a caption without a video."""
+    path: str
+    """The file that has the bytes, relative to the dataset's root."""
+    position: int | None = None
+    """Where in that file they are, for the source to find: an offset in a tar, a row; None if the file is the video."""
     size_bytes: int
     version: str
     """Changes when the bytes do: the modification time in ns, or an object store's etag."""
@@ -63,6 +67,12 @@ class RawSample:
     """What the dataset itself says of the video: any of fps, num_frames, duration, resolution."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further columns, kept as they are."""
+    has_video: bool = True
+    """Not where only captions are packed, or where there are only captions."""
+
+
+VideoLoader = Literal["torchcodec", "pyav"]
+"""How frames are decoded: FastVideo's pixels bit for bit, or faster and nearly those."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +92,7 @@ class DecodeRequest:
     width: int
     max_pixels: int
     """Larger source frames are refused before one is decoded."""
+    loader: VideoLoader = "torchcodec"
 
     def __post_init__(self) -> None:
         if self.indices is not None and len(self.indices) != len(self.timestamps):

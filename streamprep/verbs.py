@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamprep.config import (
     EncodeConfig,
     EncodeSettings,
     FinalizeConfig,
+    IndexConfig,
     PackConfig,
+    PackSettings,
     PlanConfig,
     RetryConfig,
     RunConfig,
@@ -31,8 +33,8 @@ def pack(config: PackConfig) -> int:
     """Pack and print the totals."""
     manifest = pack_dataset(config)
     print(
-        f"{count(manifest.num_samples, 'video')}, {count(len(manifest.shards), 'shard')}, "
-        f"{size(manifest.size_bytes)} in {config.shards}"
+        f"{count(manifest.num_samples, 'caption' if config.captions_only else 'video')}, "
+        f"{count(len(manifest.shards), 'shard')}, {size(manifest.size_bytes)} in {config.shards}"
     )
     return 0
 
@@ -52,6 +54,18 @@ def plan(config: PlanConfig) -> int:
     return 0
 
 
+def index(config: IndexConfig) -> int:
+    """Index tars of another program and print the totals."""
+    from streamprep.index import index as index_tars
+
+    manifest = index_tars(config)
+    print(
+        f"{count(manifest.num_samples, 'video')}, {count(len(manifest.shards), 'shard')}, "
+        f"{size(manifest.size_bytes)} indexed in {config.to or config.shards}"
+    )
+    return 0
+
+
 def encode(config: EncodeConfig) -> int:
     """Encode and print the totals."""
     from streamprep.encode import encode as encode_shards
@@ -67,14 +81,15 @@ def run(config: RunConfig) -> int:
         PackConfig(
             dataset=config.dataset,
             shards=shards,
-            dataset_type=config.dataset_type,
-            shard_size_mb=config.shard_size_mb,
-            shuffle=config.shuffle,
             captions_only=config.workload_type == "text",
+            **_settings(config, PackSettings),
         )
     )
-    names = {field.name for field in fields(EncodeSettings)}
-    return encode(EncodeConfig(shards=shards, out=config.out, **{name: getattr(config, name) for name in names}))
+    return encode(EncodeConfig(shards=shards, out=config.out, **_settings(config, EncodeSettings)))
+
+
+def _settings(config: RunConfig, kind: type[EncodeSettings] | type[PackSettings]) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(kind)}
 
 
 def retry(config: RetryConfig) -> int:

@@ -37,7 +37,8 @@ def verify_job(current: Job) -> Verdict:
     """Check an encode job's output against its plan and records.
 
     Every file is hashed and opened again by its format's own reader; every tensor must be finite, of the recorded
-    shape, and at the recorded offset; every planned row must be there exactly once, or as a bad sample.
+    shape, and at the recorded offset; every planned row must be there exactly once, as a bad sample, or as one dropped
+    after decoding.
     """
     verdict = Verdict()
     records = list(current.records())
@@ -102,6 +103,7 @@ def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
     bad = current.read_quarantine(record)
     keys = [row.key for file in record.files for row in file.rows]
     keys += [clip.key for clip in bad if clip.stage != "plan"]
+    keys += [item.key for item in record.dropped_rows]
     yield from (f"unit {unit.id}: {key!r} is there {n} times" for key, n in Counter(keys).items() if n > 1)
     if job.keys_digest(keys) != unit.rows_sha256:
         yield f"unit {unit.id}: its {len(keys)} rows are not the {unit.num_rows} that were planned"

@@ -1,7 +1,8 @@
 """``--where``: choosing samples by an SQL expression over their metadata, such as ``aesthetic > 5 and duration < 20``.
 
 Columns are what packing found out about a video (`COLUMNS`) and the dataset's own further columns. The expression is
-evaluated by SQLite in memory, on a connection that may do nothing but read that one table: see `_authorize`.
+evaluated by SQLite in memory, on a connection that may do nothing but read that one table: see `_Authorizer`. Whether a
+sample is chosen follows from that sample alone, so neither subqueries nor the clock may be asked.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from streamprep.errors import UserError
@@ -21,6 +23,7 @@ COLUMNS = (
     "caption",
     "num_captions",
     "extension",
+    "media_type",
     "size_bytes",
     "num_frames",
     "fps",
@@ -34,11 +37,20 @@ COLUMNS = (
 """What every sample has; NULL where packing could not find it out."""
 
 _QUOTED_NAME = re.compile(r"""'(?:[^']|'')*'|"((?:[^"]|"")*)\"""")  # a string, or a name
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _NO_SUCH_COLUMN = re.compile(r"no such column: (?:samples\.)?(.+)")
-_MAX_STEPS = 10_000  # of SQLite's machine, between two looks at whether an expression takes too long
-_MAX_LOOKS_PER_SAMPLE = 100
-_ALLOWED = (sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION)
-_FORBIDDEN_FUNCTIONS = ("load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "randomblob", "random")
+_MAX_TEXT = 1_000_000
+"""Characters of a caption or another text that are looked at."""
+_MAX_VALUE_BYTES = 20_000_000
+_ALLOWED = (sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
+_FORBIDDEN_FUNCTIONS = frozenset(
+    (
+        *("load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"),
+        *("random", "randomblob", "changes", "total_changes", "last_insert_rowid"),
+        *("current_date", "current_time", "current_timestamp", "date", "time", "datetime", "julianday", "unixepoch"),
+        *("strftime", "timediff"),
+    )
+)
 
 
 class Where:
@@ -53,12 +65,18 @@ class Where:
 
     def __init__(self, expression: str) -> None:
         self.expression = expression
-        self.unknown: set[str] = set()
-        """Columns it names that no sample it has seen has: NULL there."""
-        self._seen: set[str] = set()
+        self._seen = {_folded(name): name for name in COLUMNS}
+        self._missing: dict[str, str] = {}
         # SQLite takes a quoted name that is no column for a string, and would compare with that.
         self._quoted_names = [name.replace('""', '"') for name in _QUOTED_NAME.findall(expression) if name]
+        # What is an expression as a condition and as a value is one expression: no `1) LIMIT (1`.
+        self._evaluate([], f"SELECT key, ({expression}\n) IS TRUE FROM samples")
         self.keys_of([])
+
+    @property
+    def unknown(self) -> list[str]:
+        """Columns it names that no sample it has seen has: NULL there."""
+        return sorted(name for folded, name in self._missing.items() if folded not in self._seen)
 
     def keys_of(self, samples: Sequence[ShardSample]) -> set[str]:
         """The keys of the samples for which the expression holds.
@@ -66,26 +84,7 @@ class Where:
         Raises:
             UserError: if it cannot be evaluated.
         """
-        rows = [_row(sample) for sample in samples]
-        columns = list(COLUMNS)
-        for row in rows:
-            columns += [name for name in row if name not in columns]
-        self._seen.update(columns)
-        for name in self._quoted_names:
-            if _folded(name) not in map(_folded, columns):
-                columns.append(name)
-                self.unknown.add(name)
-        while True:
-            try:
-                return self._select(columns, rows)
-            except sqlite3.Error as error:
-                missing = _NO_SUCH_COLUMN.fullmatch(str(error))
-                if missing is None or missing[1] in columns:
-                    raise UserError(f"--where {self.expression!r}: {error}") from error
-                columns.append(missing[1])
-                self.unknown.add(missing[1])
-            finally:
-                self.unknown -= {name for name in self.unknown if _folded(name) in map(_folded, self._seen)}
+        return self._evaluate(samples, f"SELECT key FROM samples WHERE ({self.expression}\n)")
 
     def check_known(self) -> None:
         """Refuse a column that no sample has: after all were seen.
@@ -95,39 +94,77 @@ class Where:
         """
         if self.unknown:
             raise UserError(
-                f"--where {self.expression!r}: no sample has {', '.join(sorted(self.unknown))}; there are "
-                f"{', '.join(sorted(self._seen))}"
+                f"--where {self.expression!r}: no sample has {', '.join(self.unknown)}; there are "
+                f"{', '.join(sorted(self._seen.values()))}"
             )
 
-    def _select(self, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> set[str]:
-        connection = sqlite3.connect(":memory:")
-        try:
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000_000)
-            connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, 2000)
-            connection.execute(f"CREATE TABLE samples ({', '.join(map(_quoted, columns))})")
-            connection.executemany(
-                f"INSERT INTO samples VALUES ({', '.join('?' * len(columns))})",
-                ([row.get(name) for name in columns] for row in rows),
-            )
-            looks = iter(range(_MAX_LOOKS_PER_SAMPLE * (len(rows) + 1)))
-            connection.set_progress_handler(lambda: next(looks, None) is None, _MAX_STEPS)
-            connection.set_authorizer(_authorize)
-            return {key for (key,) in connection.execute(f"SELECT key FROM samples WHERE ({self.expression}\n)")}
-        finally:
-            connection.close()
+    def _evaluate(self, samples: Sequence[ShardSample], query: str) -> set[str]:
+        rows = [_row(sample) for sample in samples]
+        columns = {_folded(name): name for name in COLUMNS}
+        for row in rows:
+            columns |= {folded: name for folded, (name, _) in row.items() if folded not in columns}
+        self._seen = columns | self._seen
+        for name in self._quoted_names:
+            self._add_missing(columns, name)
+        while True:
+            try:
+                return _select(columns.values(), [{f: value for f, (_, value) in row.items()} for row in rows], query)
+            except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+                missing = _NO_SUCH_COLUMN.fullmatch(str(error))
+                if missing is None or not self._add_missing(columns, missing[1]):
+                    raise UserError(f"--where {self.expression!r}: {_explained(error)}") from error
+
+    def _add_missing(self, columns: dict[str, str], name: str) -> bool:
+        """Give the table a column that the expression names; False if it has it."""
+        if _folded(name) in columns:
+            return False
+        columns[_folded(name)] = self._missing[_folded(name)] = name
+        return True
 
 
-def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """Reading the table and calling harmless functions, nothing else: no files, no other tables, no settings."""
-    if action not in _ALLOWED or (action == sqlite3.SQLITE_READ and first != "samples"):
-        return sqlite3.SQLITE_DENY
-    if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FORBIDDEN_FUNCTIONS:
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK
+def _select(columns: Collection[str], rows: Sequence[Mapping[str, Any]], query: str) -> set[str]:
+    connection = sqlite3.connect(":memory:")
+    try:
+        # Without a row number, which is no property of a sample.
+        connection.execute(
+            f"CREATE TABLE samples ({', '.join(map(_quoted, columns))}, PRIMARY KEY (key)) WITHOUT ROWID"
+        )
+        connection.executemany(
+            f"INSERT INTO samples VALUES ({', '.join('?' * len(columns))})",
+            ([row.get(_folded(name)) for name in columns] for row in rows),
+        )
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+        connection.set_authorizer(_Authorizer())
+        return {key for key, *_ in connection.execute(query)}
+    finally:
+        connection.close()
 
 
-def _row(sample: ShardSample) -> dict[str, Any]:
-    """A sample's columns; the dataset's own do not hide those of the file."""
+class _Authorizer:
+    """Allows to read the table, once, and to call harmless functions: no files, no other tables, no settings."""
+
+    def __init__(self) -> None:
+        self._num_selects = 0
+
+    def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        if action == sqlite3.SQLITE_SELECT:
+            self._num_selects += 1
+            return sqlite3.SQLITE_OK if self._num_selects == 1 else sqlite3.SQLITE_DENY
+        if action not in _ALLOWED or (action == sqlite3.SQLITE_READ and first != "samples"):
+            return sqlite3.SQLITE_DENY
+        if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FORBIDDEN_FUNCTIONS:
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
+
+
+def _explained(error: Exception) -> str:
+    if any(word in str(error) for word in ("not authorized", "prohibited")):
+        return f"{error}: only a sample's columns may be looked at, without subqueries, files, clock or chance"
+    return str(error)
+
+
+def _row(sample: ShardSample) -> dict[str, tuple[str, Any]]:
+    """A sample's columns by folded name: (name, value); the dataset's own do not hide those of the file."""
     metadata = sample.metadata
     captions = metadata["captions"]
     known = {name: metadata.get(name) for name in COLUMNS} | {
@@ -137,14 +174,16 @@ def _row(sample: ShardSample) -> dict[str, Any]:
         "size_bytes": sample.video.size if "sha256" in metadata else None,
         "duration": metadata.get("duration_seconds"),
     }
-    taken = set(map(_folded, known))
-    extra = {name: value for name, value in metadata["extra"].items() if _folded(name) not in taken}
-    return {name: _sql_value(value) for name, value in {**extra, **known}.items()}
+    row: dict[str, tuple[str, Any]] = {}
+    for name, value in [*known.items(), *metadata["extra"].items()]:
+        if "\0" not in name and _as_unicode(name) == name:  # others SQLite cannot have
+            row.setdefault(_folded(name), (name, _sql_value(value)))
+    return row
 
 
 def _sql_value(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return _as_unicode(value[:_MAX_TEXT])
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, int):
@@ -156,5 +195,10 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _as_unicode(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
 def _folded(name: str) -> str:
-    return name.lower()  # SQLite's columns are the same in any case
+    """SQLite's columns are the same in any case, of ASCII letters."""
+    return name.translate(_LOWER)

@@ -117,12 +117,12 @@ def write_dataset(
     """Write a dataset.
 
     Args:
-        layout: ``merged``, ``raw`` or ``folder``.
+        layout: Any of our sources'.
         root: Its folder.
         captions: Of each video, by its path in the dataset.
         video: Writes one video; without it the files hold their own names, which is enough to be listed.
     """
-    videos = root if layout == "folder" else root / "videos"
+    videos = root / "videos" if layout in ("merged", "raw") else root
     for name in captions:
         path = videos / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,9 +139,43 @@ def write_dataset(
     elif layout == "folder":
         for name, caption in captions.items():
             (root / name).with_suffix(".txt").write_text(caption)
+    elif layout == "manifest":
+        rows = [{"video": name, "caption": caption} for name, caption in captions.items()]
+        (root / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    elif layout == "webdataset":
+        write_tars(root, captions)
+    elif layout == "hf":
+        write_hf_dataset(root, captions)
     else:
         raise NotImplementedError(f"write_dataset cannot make the layout {layout!r} yet: teach it")
     return root
+
+
+def write_tars(root: Path, captions: Mapping[str, str]) -> None:
+    """Move the videos of a folder, with their captions, into tars as webdataset writes them, two samples in each."""
+    import webdataset
+
+    names = list(captions)
+    for number in range(0, len(names), 2):
+        with webdataset.TarWriter(str(root / f"{number // 2:05d}.tar")) as tar:
+            for name in names[number : number + 2]:
+                stem, _, extension = name.rpartition(".")
+                tar.write({"__key__": stem, extension: (root / name).read_bytes(), "txt": captions[name]})
+    for name in names:
+        (root / name).unlink()
+
+
+def write_hf_dataset(root: Path, captions: Mapping[str, str]) -> None:
+    """Move the videos of a folder, with their captions, into a folder as ``datasets`` saves them, bytes included."""
+    import datasets
+
+    rows = [
+        {"video": {"path": name, "bytes": (root / name).read_bytes()}, "caption": captions[name]} for name in captions
+    ]
+    features = datasets.Features({"video": datasets.Video(decode=False), "caption": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(root))
+    for name in captions:
+        (root / name).unlink()
 
 
 @pytest.fixture

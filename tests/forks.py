@@ -45,19 +45,30 @@ class Forks:
             text=True,
         )
 
-    def start(self, *arguments: object, environment: Mapping[str, str] | None = None) -> Process:
-        """Start ``streamprep ARGUMENTS``, or a Python file if that is the first of them."""
+    def start(
+        self, *arguments: object, environment: Mapping[str, str] | None = None, source: Path | None = None
+    ) -> Process:
+        """Start ``streamprep ARGUMENTS``, or a Python file if that is the first of them.
+
+        Args:
+            *arguments: Of the command line.
+            environment: Variables to add.
+            source: A folder with other versions of our packages to run instead.
+        """
         log = self._logs / f"{len(self._started):04d}.log"
         pid = self._ask(
-            arguments=[str(argument) for argument in arguments], environment=environment or {}, log=str(log)
+            arguments=[str(argument) for argument in arguments],
+            environment=environment or {},
+            log=str(log),
+            source=source and str(source),
         )
         process = Process(pid, log, lambda: self._ask(poll=pid))
         self._started.append(process)
         return process
 
-    def run(self, *arguments: object, environment: Mapping[str, str] | None = None) -> Process:
+    def run(self, *arguments: object, **how: Any) -> Process:
         """The same, and wait until it has ended."""
-        process = self.start(*arguments, environment=environment)
+        process = self.start(*arguments, **how)
         process.wait()
         return process
 
@@ -88,12 +99,15 @@ class Process:
     def __init__(self, pid: int, log: Path, poll: Callable[[], int | None]) -> None:
         self.pid, self._log, self._poll = pid, log, poll
         self._code: int | None = None
+        self._all_gone = False
 
     @property
     def code(self) -> int | None:
         """How it ended, as `subprocess` says it: negative for a signal; None while it runs."""
         if self._code is None:
             self._code = self._poll()
+            if self._code is not None:
+                self.alive()  # while the number is still its own
         return self._code
 
     @property
@@ -131,7 +145,11 @@ class Process:
 
     def alive(self) -> list[int]:
         """Processes of its session: itself and whatever it started, orphans too."""
-        return [pid for pid in psutil.pids() if _session(pid) == self.pid]
+        if self._all_gone:
+            return []  # by now a process of somebody else may have its number
+        found = [pid for pid in psutil.pids() if _is_alive_in(pid, session=self.pid)]
+        self._all_gone = self._code is not None and not found
+        return found
 
     def decode_children(self) -> list[psutil.Process]:
         """The processes that its decoding fork server has forked."""
@@ -170,9 +188,17 @@ def serve() -> None:
 def _import_what_commands_need() -> None:
     # The lazy packages of diffusers and transformers import a class's module when the class is first touched.
     import diffusers.pipelines.wan.pipeline_wan
+    import pyarrow
     import torchcodec.decoders
     from diffusers import AutoencoderKLWan
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5EncoderModel
+    from PIL import Image
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionModel,
+        PreTrainedTokenizerFast,
+        UMT5EncoderModel,
+    )
 
     import exporters.fastvideo
     import streamprep.encode
@@ -181,14 +207,20 @@ def _import_what_commands_need() -> None:
 
     _ = diffusers.pipelines.wan.pipeline_wan, torchcodec.decoders, exporters.fastvideo
     _ = AutoencoderKLWan, AutoTokenizer, PreTrainedTokenizerFast, UMT5EncoderModel
+    _ = CLIPImageProcessor, CLIPVisionModel, Image
+    pyarrow.array([0])  # its first imports pandas, where there is one
 
 
-def _command(arguments: list[str], environment: dict[str, str], log: str) -> int:
+def _command(arguments: list[str], environment: dict[str, str], log: str, source: str | None) -> int:
     os.setsid()
     os.environ.update(environment)
     with open(os.devnull) as nothing, open(log, "w") as file:
-        for source, target in ((nothing, 0), (file, 1), (file, 2)):
-            os.dup2(source.fileno(), target)
+        for stream, target in ((nothing, 0), (file, 1), (file, 2)):
+            os.dup2(stream.fileno(), target)
+    if source is not None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("streamprep", "exporters")]:
+            del sys.modules[name]
+        sys.path.insert(0, source)
     if arguments[0].endswith(".py"):
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
@@ -207,10 +239,8 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _session(pid: int) -> int | None:
+def _is_alive_in(pid: int, *, session: int) -> bool:
     try:
-        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return None
-        return os.getsid(pid)
+        return os.getsid(pid) == session and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ProcessLookupError):
-        return None
+        return False

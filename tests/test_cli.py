@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_a_wrong_flag_is_wrong_usage(
 
 def test_a_users_mistake_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "shards")]) == 2
-    assert capsys.readouterr() == ("", f"streamprep: {tmp_path}/nowhere is not there\n")
+    assert capsys.readouterr() == ("", f"streamprep: {tmp_path}/nowhere is not a folder or file\n")
 
 
 def test_trouble_of_the_machine_is_a_failure(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,13 +131,26 @@ def test_trouble_of_the_machine_is_a_failure(dataset: Path, tmp_path: Path, caps
 def test_a_signal_is_a_stop_that_can_be_resumed(
     dataset: Path, tmp_path: Path, repo_root: Path, number: signal.Signals
 ) -> None:
-    (dataset / "a.txt").unlink()
-    os.mkfifo(dataset / "a.txt")  # the command waits here for its caption
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "def read_samples(root, options):\n"
+        "    pathlib.Path(__file__).with_name('started').touch()\n"
+        "    time.sleep(60)\n"
+    )
     command = [sys.executable, "-m", "streamprep", "pack", str(dataset), str(tmp_path / "shards")]
-    running = subprocess.Popen(command, cwd=repo_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with open(dataset / "a.txt", "w"):
-        running.send_signal(number)
-        out, err = running.communicate(timeout=60)
+    running = subprocess.Popen(
+        [*command, "--dataset-type", "slow:read_samples"],
+        cwd=repo_root,
+        env=os.environ | {"PYTHONPATH": f"{repo_root}:{tmp_path}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "started").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (4, "")
     assert err == f"streamprep: stopped by {number.name}; the same command goes on from here\n"
 

@@ -1,4 +1,4 @@
-"""What the contract says about sizes; that it says the truth about a model is `test_wan`'s."""
+"""What the contract says about sizes; that it says the truth about a model is `encoders/test_wan`'s."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ import shlex
 
 import pytest
 
-from streamprep import cli, config, crashpoints, errors, plan
+from streamprep import cli, config, crashpoints, errors, plan, plugins
+from streamprep.filters import black, static
+from streamprep.sources import _files
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_defaults_in_the_readme_are_the_programs(readme):
 
 
 def _as_shown(default):
-    if default is None:
+    if default in (None, ()):
         return ("none", "all")
     if isinstance(default, bool):
         return ("on",) if default else ("off",)
@@ -57,6 +59,25 @@ def _as_shown(default):
 def test_every_reason_is_in_the_readme(readme):
     for reason in (*errors.BAD_REASONS, *plan.DROP_REASONS):
         assert f"`{reason}`" in readme, reason
+
+
+def test_every_skip_reason_is_in_the_readme_as_the_program_explains_it(readme):
+    for reason, meaning in _files.SKIP_REASONS.items():
+        assert f"| `{reason}` | {meaning} |" in readme, reason
+
+
+def test_every_layout_is_in_the_readme(readme):
+    for layout in plugins.names("streamprep.sources"):
+        assert f"| `{layout}` |" in readme, layout
+
+
+def test_every_filter_is_in_the_readme_with_its_defaults(readme):
+    for name in plugins.names("streamprep.filters"):
+        assert f"| `{name.replace('_', '-')}" in readme, name
+    for module in (black, static):
+        settings = ",".join(f"{name}={value:g}" for name, value in module._DEFAULTS.items())
+        assert f":{settings}`" in readme
+        assert f":{settings}`" in module.__doc__
 
 
 def test_every_crash_point_is_named_where_it_is_documented():

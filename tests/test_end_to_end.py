@@ -1,12 +1,12 @@
-"""From videos to what a trainer reads, against a second implementation that shares no code with ours.
+"""From videos to what a trainer reads, against a second implementation that shares no code with ours: `reference`.
 
-The second one is FastVideo's preprocessing in diffusers', transformers' and torchcodec's own words, as found by running
-it (shared/facts/fastvideo.md): which frames, which pixels, which latents, which embeddings, which columns.
+Five real clips, where the checkout lies beside them, and six made ones; with each model whose tensors are others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import io
 import json
@@ -21,39 +21,71 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers import DiffusionPipeline, WanPipeline
+from reference import Geometry, Row, compare, encode_captions, encode_dataset, read_entries, read_rows
 from torch import Tensor
-from torchcodec.decoders import VideoDecoder
 
 from streamprep import cli
 from tools.make_clips import make_clips
 
-HEIGHT, WIDTH, NUM_FRAMES, TRAIN_FPS = 64, 96, 17, 16.0
-FLAGS = ["--workload-type", "t2v", "--max-height", "64", "--max-width", "96", "--num-frames", "17", "--train-fps", "16"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GEOMETRY = Geometry(height=64, width=96, num_frames=17, train_fps=16)
 TEXT_TOLERANCE = 1e-5
 """Batches padded to their longest caption instead of to 512 tokens."""
+SHAPES: dict[str, dict[str, tuple[int, ...] | None]] = {
+    "2.1-t2v": {"vae_latent": (16, 5, 8, 12)},
+    "2.1-i2v": {
+        "vae_latent": (16, 5, 8, 12),
+        "clip_feature": (257, 64),
+        "first_frame_latent": (16, 5, 8, 12),
+        "pil_image": None,
+    },
+    "2.2-i2v-a14b": {
+        "vae_latent": (16, 5, 8, 12),
+        "clip_feature": None,
+        "first_frame_latent": (16, 5, 8, 12),
+        "pil_image": None,
+    },
+    "2.2-ti2v-5b": {
+        "vae_latent": (48, 5, 4, 6),
+        "clip_feature": None,
+        "first_frame_latent": None,
+        "pil_image": None,
+    },
+}
+"""Of each model's tensors but ``text_embedding``; None: the columns are there, with no bytes."""
 
-T2V_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("vae_latent_bytes", pa.binary()),
-        ("vae_latent_shape", pa.list_(pa.int64())),
-        ("vae_latent_dtype", pa.string()),
-        ("text_embedding_bytes", pa.binary()),
-        ("text_embedding_shape", pa.list_(pa.int64())),
-        ("text_embedding_dtype", pa.string()),
-        ("file_name", pa.string()),
-        ("caption", pa.string()),
-        ("media_type", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("num_frames", pa.int64()),
-        ("duration_sec", pa.float64()),
-        ("fps", pa.float64()),
-    ]
-)
-"""FastVideo's ``pyarrow_schema_t2v``."""
+
+def _triplet(name: str) -> list[tuple[str, pa.DataType]]:
+    return [(f"{name}_bytes", pa.binary()), (f"{name}_shape", pa.list_(pa.int64())), (f"{name}_dtype", pa.string())]
+
+
+_METADATA = [
+    ("file_name", pa.string()),
+    ("caption", pa.string()),
+    ("media_type", pa.string()),
+    ("width", pa.int64()),
+    ("height", pa.int64()),
+    ("num_frames", pa.int64()),
+    ("duration_sec", pa.float64()),
+    ("fps", pa.float64()),
+]
+SCHEMAS = {
+    "t2v": pa.schema([("id", pa.string()), *_triplet("vae_latent"), *_triplet("text_embedding"), *_METADATA]),
+    "i2v": pa.schema(
+        [
+            ("id", pa.string()),
+            *_triplet("vae_latent"),
+            *_triplet("text_embedding"),
+            *_triplet("clip_feature"),
+            *_triplet("first_frame_latent"),
+            *_triplet("pil_image"),
+            *_METADATA,
+        ]
+    ),
+}
+"""FastVideo's ``pyarrow_schema_t2v`` and ``pyarrow_schema_i2v``, column by column."""
 
 SPECIAL_CAPTIONS = {
     "plain.mp4": "A red circle moves from left to right.",
@@ -63,14 +95,6 @@ SPECIAL_CAPTIONS = {
     "spaces.mp4": "  A\tdog \n\n runs\u00a0 home.  ",
     "empty.mp4": "",
 }
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_model: Path) -> WanPipeline:
-    return WanPipeline.from_pretrained(tiny_model)
 
 
 def streamprep(*arguments: object) -> str:
@@ -86,109 +110,73 @@ class Finished:
     """A dataset and what ``streamprep run`` made of it."""
 
     dataset: Path
+    model: Path
+    variant: str
     out: Path
     output: str
 
     @property
+    def workload(self) -> str:
+        return "t2v" if self.variant == "2.1-t2v" else "i2v"
+
+    @property
     def entries(self) -> list[dict[str, Any]]:
         """The dataset's list, in the order that shards have."""
-        entries = json.loads((self.dataset / "videos2caption.json").read_text())
-        return sorted(entries, key=lambda entry: entry["path"])
+        return read_entries(self.dataset)
 
     @property
     def files(self) -> list[Path]:
         return sorted((self.out / "combined_parquet_dataset").iterdir())
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """By id, row group by row group as FastVideo reads them."""
-        groups = [
-            (pq.ParquetFile(path), number)
-            for path in self.files
-            for number in range(pq.read_metadata(path).num_row_groups)
-        ]
-        rows = [row for file, number in groups for row in file.read_row_group(number).to_pylist()]
-        by_id = {row["id"]: row for row in rows}
-        assert len(by_id) == len(rows)
-        return by_id
+    @functools.cached_property
+    def rows(self) -> dict[str, Row]:
+        """By id."""
+        return read_rows(self.out)
+
+    @functools.cached_property
+    def pipeline(self) -> Any:
+        """The one that the model belongs to."""
+        return DiffusionPipeline.from_pretrained(self.model)
 
 
-@pytest.fixture(scope="module", params=["real clips", "made clips"])
-def finished(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("job")
-    if request.param == "real clips":
-        dataset, how = request.getfixturevalue("shared_clips"), []
-    else:
-        dataset, how = folder / "dataset", ["--serial", "--samples-per-file", "4"]
-        make_clips(dataset, num_clips=6)
-    output = streamprep("run", dataset, folder / "out", "--model-path", tiny_model, *FLAGS, "--encode-threads", 1, *how)
-    return Finished(dataset, folder / "out", output)
+@pytest.fixture(scope="module")
+def made_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dataset = tmp_path_factory.mktemp("made") / "dataset"
+    make_clips(dataset, num_clips=6)
+    return dataset
 
 
-# The second implementation
-
-
-def sampled_indices(num_frames: int, fps: float) -> list[int]:
-    return np.arange(0, num_frames, fps / TRAIN_FPS).astype(int)[:NUM_FRAMES].tolist()
-
-
-def crop_and_resize(frames_TCHW: Tensor) -> Tensor:
-    h, w = frames_TCHW.shape[-2:]
-    tr = HEIGHT / WIDTH
-    new_h, new_w = (int(w * tr), w) if h / w > tr else (h, int(h / tr))
-    i, j = int(round((h - new_h) / 2.0)), int(round((w - new_w) / 2.0))  # noqa: RUF046 - theirs
-    cropped = frames_TCHW[:, :, i : i + new_h, j : j + new_w]
-    return torch.nn.functional.interpolate(
-        cropped, size=(HEIGHT, WIDTH), mode="bilinear", align_corners=True, antialias=True
+@pytest.fixture(
+    scope="module", params=[(clips, variant) for clips in ("shared", "made") for variant in SHAPES], ids="-".join
+)
+def finished(
+    request: pytest.FixtureRequest, tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    clips, variant = request.param
+    dataset: Path = request.getfixturevalue(f"{clips}_clips")
+    how = [] if clips == "shared" else ["--serial", "--samples-per-file", "4"]
+    job = Finished(dataset, tiny_models(variant), variant, tmp_path_factory.mktemp("job") / "out", "")
+    job.output = streamprep(
+        *("run", dataset, job.out, "--model-path", job.model, "--workload-type", job.workload),
+        *(*GEOMETRY.flags, "--encode-threads", 1, *how),
     )
+    return job
 
 
-def source_fps(dataset: Path, entry: dict[str, Any]) -> float:
-    return entry.get("fps") or VideoDecoder(dataset / "videos" / entry["path"]).metadata.average_fps
-
-
-def read_pixels(dataset: Path, entry: dict[str, Any]) -> Tensor:
-    """(C, T, H, W) in -1..1."""
-    decoder = VideoDecoder(dataset / "videos" / entry["path"])
-    indices = sampled_indices(entry.get("num_frames") or len(decoder), source_fps(dataset, entry))
-    assert len(indices) == NUM_FRAMES
-    frames_TCHW = crop_and_resize(decoder.get_frames_at(indices).data.contiguous())
-    return (frames_TCHW / 255 * 2 - 1).clamp(-1, 1).transpose(0, 1)
-
-
-@torch.no_grad()
-def encode_videos(vae: AutoencoderKLWan, pixels: list[Tensor], batch_size: int) -> list[Tensor]:
-    batches = [torch.stack(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
-    return [latent for batch in batches for latent in vae.encode(batch).latent_dist.mean]
-
-
-@torch.no_grad()
-def encode_caption(pipeline: WanPipeline, caption: str) -> Tensor:
-    """The pipeline's own embedding, as long as its mask: (L, D)."""
-    embeds, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=512)
-    tokens = pipeline.tokenizer(
-        prompt_clean(caption), padding="max_length", max_length=512, truncation=True, return_tensors="pt"
-    )
-    return embeds[0, : int(tokens.attention_mask.sum())]
-
-
-@torch.no_grad()
-def encode_raw_caption(pipeline: WanPipeline, caption: str) -> Tensor:
-    """FastVideo's: the tokenizer and the encoder on the caption as it is: (L, D)."""
-    tokens = pipeline.tokenizer(caption, max_length=512, truncation=True, return_tensors="pt")
-    return pipeline.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
-
-
-def read_tensor(row: dict[str, Any], name: str) -> Tensor:
-    """As FastVideo's collate: float32, whatever the dtype column says."""
-    return torch.from_numpy(np.frombuffer(row[f"{name}_bytes"], dtype=np.float32).reshape(row[f"{name}_shape"]).copy())
-
-
-def collate_as_fastvideo(rows: list[dict[str, Any]], *, text_padding_length: int = 512) -> dict[str, Any]:
-    names = [column.removesuffix("_bytes") for column in rows[0] if column.endswith("_bytes")]
-    assert all(f"{name}_shape" in rows[0] and f"{name}_dtype" in rows[0] for name in names)
+def collate_as_fastvideo(
+    rows: list[dict[str, Any]], schema: pa.Schema, *, text_padding_length: int = 512
+) -> dict[str, Any]:
+    """What its reader makes of rows: all bytes are float32, no bytes are ``zeros(0)``, only text is padded."""
+    names = [column.removesuffix("_bytes") for column in schema.names if column.endswith("_bytes")]
+    assert all(f"{name}_shape" in schema.names and f"{name}_dtype" in schema.names for name in names)
     batch: dict[str, Any] = {"prompts": [row["caption"] for row in rows]}
     for name in names:
-        tensors = [read_tensor(row, name) for row in rows]
+        tensors = [
+            torch.from_numpy(np.frombuffer(row[f"{name}_bytes"], dtype=np.float32).reshape(row[f"{name}_shape"]).copy())
+            if row[f"{name}_bytes"]
+            else torch.zeros(0, dtype=torch.bfloat16)
+            for row in rows
+        ]
         if name == "text_embedding":
             lengths = [len(tensor) for tensor in tensors]
             tensors = [torch.nn.functional.pad(t, (0, 0, 0, text_padding_length - len(t))) for t in tensors]
@@ -197,6 +185,13 @@ def collate_as_fastvideo(rows: list[dict[str, Any]], *, text_padding_length: int
             )
         batch[name] = torch.stack(tensors)
     return batch
+
+
+def read_batch(finished: Finished) -> dict[str, Any]:
+    """All rows, row group by row group, collated."""
+    files = [pq.ParquetFile(path) for path in finished.files]
+    rows = [file.read_row_group(group).to_pylist() for file in files for group in range(file.num_row_groups)]
+    return collate_as_fastvideo([row for (row,) in rows], SCHEMAS[finished.workload])
 
 
 def max_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -208,74 +203,78 @@ def max_difference(ours: Tensor, theirs: Tensor) -> float:
 # Numbers
 
 
-def test_latents_are_those_of_the_second_implementation_bit_for_bit(finished: Finished, tiny_model: Path) -> None:
-    vae = AutoencoderKLWan.from_pretrained(tiny_model, subfolder="vae", torch_dtype=torch.float32)
-    pixels = [read_pixels(finished.dataset, entry) for entry in finished.entries]
-    rows = finished.rows()
-    for entry, theirs in zip(finished.entries, encode_videos(vae, pixels, batch_size=2), strict=True):
-        ours = read_tensor(rows[entry["path"]], "vae_latent")
-        assert ours.shape == (16, 5, 8, 12)
-        assert max_difference(ours, theirs) == 0, entry["path"]
+def test_every_row_is_the_second_implementations_bit_for_bit_but_for_the_text(finished: Finished) -> None:
+    reference = encode_dataset(finished.dataset, finished.model, workload=finished.workload, geometry=GEOMETRY)
+    assert compare(finished.rows, reference) == []
+    assert list(reference) == [entry["path"] for entry in finished.entries]
+    assert len(reference) >= 5
 
 
-def test_embeddings_are_those_of_the_pipeline(finished: Finished, pipeline: WanPipeline) -> None:
-    rows = finished.rows()
-    for entry in finished.entries:
-        ours = read_tensor(rows[entry["path"]], "text_embedding")
-        assert max_difference(ours, encode_caption(pipeline, entry["cap"][0])) < TEXT_TOLERANCE, entry["path"]
+def test_a_row_holds_what_its_model_takes_and_no_more(finished: Finished) -> None:
+    for row in finished.rows.values():
+        tensors = {name: row[name] for name in row if name in SHAPES["2.1-i2v"] or name == "text_embedding"}
+        embedding = tensors.pop("text_embedding")
+        assert {name: value if value is None else tuple(value.shape) for name, value in tensors.items()} == (
+            SHAPES[finished.variant]
+        )
+        assert 1 < len(embedding) <= 512
+        assert embedding.shape[1] == 32
 
 
-def test_fastvideos_reader_gets_what_the_pipeline_would_give_its_transformer(
-    finished: Finished, pipeline: WanPipeline
-) -> None:
-    rows = list(finished.rows().values())
-    batch = collate_as_fastvideo(rows)
-    assert batch["prompts"] == [row["caption"] for row in rows]
-    assert batch["vae_latent"].shape == (len(rows), 16, 5, 8, 12)
-    assert batch["vae_latent"].isfinite().all()
-    with torch.no_grad():
-        embeds, _ = pipeline.encode_prompt(batch["prompts"], do_classifier_free_guidance=False, max_sequence_length=512)
+@torch.no_grad()
+def test_fastvideos_reader_gets_what_the_pipeline_would_give_its_transformer(finished: Finished) -> None:
+    batch = read_batch(finished)
+    assert batch["prompts"] == [row["caption"] for row in finished.rows.values()]
+    embeds, _ = finished.pipeline.encode_prompt(
+        batch["prompts"], do_classifier_free_guidance=False, max_sequence_length=512
+    )
     assert max_difference(batch["text_embedding"], embeds) < TEXT_TOLERANCE
     assert torch.equal(batch["text_attention_mask"].bool(), (embeds != 0).any(-1))
+    for name, shape in SHAPES[finished.variant].items():
+        assert batch[name].shape == (len(finished.rows), *(shape or (0,)))
 
 
-def test_the_embedding_of_no_prompt_is_there_for_guidance(finished: Finished, pipeline: WanPipeline) -> None:
+@torch.no_grad()
+def test_the_transformer_itself_takes_the_tensors(finished: Finished) -> None:
+    """As FastVideo's trainers put them together: noisy latents, the mask they make, the conditioning latent."""
+    batch = {name: value[:2] for name, value in read_batch(finished).items()}
+    latents, transformer = batch["vae_latent"], finished.pipeline.transformer
+    condition = batch.get("first_frame_latent", torch.zeros(0))
+    if condition.numel():
+        mask = torch.zeros(2, 4, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        latents = torch.cat([latents, mask, condition], dim=1)
+    image = batch.get("clip_feature", torch.zeros(0))
+    (prediction,) = transformer(
+        latents,
+        timestep=torch.tensor([500, 500]),
+        encoder_hidden_states=batch["text_embedding"],
+        encoder_hidden_states_image=image if image.numel() else None,
+        return_dict=False,
+    )
+    assert prediction.shape == batch["vae_latent"].shape
+    assert prediction.isfinite().all()
+    assert (transformer.config.image_dim is None) == (image.numel() == 0)
+
+
+def test_the_embedding_of_no_prompt_is_there_for_guidance(finished: Finished) -> None:
     (path,) = (finished.out / "_streamprep").glob("uncond-*.safetensors")
     tensors = safetensors.torch.load_file(path)
     assert list(tensors) == ["text_embedding"]
-    assert max_difference(tensors["text_embedding"], encode_caption(pipeline, "")) < TEXT_TOLERANCE
+    assert max_difference(tensors["text_embedding"], encode_captions(finished.model, [""])[0]) < TEXT_TOLERANCE
 
 
 # Rows and files
 
 
-def test_every_video_is_a_row_of_fastvideos_columns(finished: Finished) -> None:
-    rows = finished.rows()
-    assert sorted(rows) == [entry["path"] for entry in finished.entries]
-    assert finished.output.startswith(f"{len(rows)} rows, {len(finished.files)} file")
-    for entry in finished.entries:
-        row = rows[entry["path"]]
-        tensors = {name: row.pop(name) for name in list(row) if name.startswith(("vae_latent_", "text_embedding_"))}
-        assert row == {
-            "id": entry["path"],
-            "file_name": entry["path"],
-            "caption": entry["cap"][0],
-            "media_type": "video",
-            "width": 96,
-            "height": 64,
-            "num_frames": 5,
-            "duration_sec": 17 / 16,
-            "fps": pytest.approx(source_fps(finished.dataset, entry), rel=1e-12),
-        }
-        assert tensors["vae_latent_shape"] == [16, 5, 8, 12]
-        assert tensors["text_embedding_shape"][1] == 32
-        assert (tensors["vae_latent_dtype"], tensors["text_embedding_dtype"]) == ("float32", "float32")
+def test_the_command_says_how_many_rows_and_files_there_are(finished: Finished) -> None:
+    assert finished.output.startswith(f"{len(finished.rows)} rows, {len(finished.files)} file")
 
 
 def test_files_have_fastvideos_schema_and_are_laid_out_to_be_read_fast(finished: Finished) -> None:
     for path in finished.files:
         file = pq.ParquetFile(path)
-        assert file.schema_arrow.remove_metadata().equals(T2V_SCHEMA)
+        assert file.schema_arrow.remove_metadata().equals(SCHEMAS[finished.workload])
         assert file.metadata.num_row_groups == file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
             for number in range(file.metadata.num_columns):
@@ -288,26 +287,32 @@ def test_files_have_fastvideos_schema_and_are_laid_out_to_be_read_fast(finished:
                     assert column.is_stats_set
 
 
-def test_every_file_says_what_its_latents_are(finished: Finished, pipeline: WanPipeline) -> None:
+def test_every_file_says_what_its_latents_are(finished: Finished) -> None:
     for path in finished.files:
         contract = json.loads(pq.read_schema(path).metadata[b"streamprep.contract"])
-        assert (contract["family"], contract["model"]) == ("wan", "tiny-wan")
+        assert (contract["family"], contract["variant"], contract["model"]) == ("wan", finished.variant, "tiny-wan")
+        assert contract["workload"] == finished.workload
+        assert set(contract["tensors"]) == {
+            "text_embedding",
+            *(name for name, shape in SHAPES[finished.variant].items() if shape),
+        }
         video = contract["video"]
         assert (video["posterior"], video["space"]) == ("mean", "raw")
-        assert video["latents_mean"] == pipeline.vae.config.latents_mean
-        assert video["latents_std"] == pipeline.vae.config.latents_std
+        assert video["latents_mean"] == finished.pipeline.vae.config.latents_mean
+        assert video["latents_std"] == finished.pipeline.vae.config.latents_std
 
 
 def test_the_index_says_where_every_tensor_lies(finished: Finished) -> None:
-    rows = finished.rows()
     index = pq.read_table(finished.out / "_streamprep" / "index.parquet").to_pylist()
     assert sorted(entry["key"] for entry in index) == [entry["path"].removesuffix(".mp4") for entry in finished.entries]
+    names = ["text_embedding", *(name for name, shape in SHAPES[finished.variant].items() if shape)]
     for entry in index:
-        for name in ("vae_latent", "text_embedding"):
+        assert sorted(name.removesuffix("_offset") for name in entry if name.endswith("_offset")) == sorted(names)
+        for name in names:
             dtype, shape = np.dtype(entry[f"{name}_dtype"]), entry[f"{name}_shape"]
             count = entry[f"{name}_size"] // dtype.itemsize
             flat = np.fromfile(finished.out / entry["file"], dtype, count, offset=entry[f"{name}_offset"])
-            assert np.array_equal(flat.reshape(shape), read_tensor(rows[entry["key"] + ".mp4"], name).numpy())
+            assert np.array_equal(flat.reshape(shape), finished.rows[entry["key"] + ".mp4"][name].numpy())
         row = pq.ParquetFile(finished.out / entry["file"]).read_row_group(entry["row_group"]).to_pylist()
         assert [item["id"] for item in row] == [entry["key"] + ".mp4"]
         assert entry["bucket"] == "17x64x96"
@@ -315,10 +320,14 @@ def test_the_index_says_where_every_tensor_lies(finished: Finished) -> None:
 
 def test_verify_finds_nothing_wrong(finished: Finished) -> None:
     assert ": 0 problems" in streamprep("verify", finished.out)
-    assert "done" in streamprep("status", finished.out)
+    status = streamprep("status", finished.out)
+    assert "done" in status
+    assert f"decoded  {len(finished.entries)} by torchcodec" in status
 
 
 # Captions
+
+SMALL = Geometry(height=32, width=48, num_frames=5, train_fps=16)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["cleaned", "as they are"])
@@ -333,38 +342,26 @@ def captioned(
         make_video(folder / "dataset" / "videos" / name, fps=16, num_frames=5)
     entries = [{"path": name, "cap": caption} for name, caption in SPECIAL_CAPTIONS.items()]
     (folder / "dataset" / "videos2caption.json").write_text(json.dumps(entries))
-    size = ["--max-height", "32", "--max-width", "48", "--num-frames", "5"]
     clean = "--clean-captions" if request.param else "--no-clean-captions"
-    output = streamprep(
-        "run",
-        folder / "dataset",
-        folder / "out",
-        "--model-path",
-        tiny_model,
-        *size,
-        clean,
-        "--serial",
-        "--encode-threads",
-        1,
+    job = Finished(folder / "dataset", tiny_model, "2.1-t2v", folder / "out", "")
+    job.output = streamprep(
+        *("run", job.dataset, job.out, "--model-path", tiny_model),
+        *(*SMALL.flags, clean, "--serial", "--encode-threads", 1),
     )
-    return Finished(folder / "dataset", folder / "out", output), request.param
+    return job, request.param
 
 
-def test_captions_are_cleaned_as_the_pipeline_does_or_not_at_all(
-    captioned: tuple[Finished, bool], pipeline: WanPipeline
-) -> None:
-    finished, cleaned = captioned
-    rows = finished.rows()
-    assert set(rows) == set(SPECIAL_CAPTIONS) - {"empty.mp4"}
-    for name, row in rows.items():
-        caption = SPECIAL_CAPTIONS[name]
-        assert row["caption"] == caption
-        theirs = encode_caption(pipeline, caption) if cleaned else encode_raw_caption(pipeline, caption)
-        assert max_difference(read_tensor(row, "text_embedding"), theirs) < TEXT_TOLERANCE, name
-    assert rows["long.mp4"]["text_embedding_shape"] == [512, 32]
+def test_captions_are_cleaned_as_the_pipeline_does_or_not_at_all(captioned: tuple[Finished, bool]) -> None:
+    job, cleaned = captioned
+    reference = encode_dataset(job.dataset, job.model, workload="t2v", geometry=SMALL, clean_captions=cleaned)
+    assert compare(job.rows, reference) == []
+    assert set(job.rows) == set(SPECIAL_CAPTIONS) - {"empty.mp4"}
+    assert {name: row["caption"] for name, row in job.rows.items()}.items() <= SPECIAL_CAPTIONS.items()
+    assert job.rows["long.mp4"]["text_embedding"].shape == (512, 32)
+    tokenizer = WanPipeline.from_pretrained(job.model).tokenizer
     cleaned_text = html.unescape(html.unescape(SPECIAL_CAPTIONS["entities.mp4"]))
-    num_tokens = len(pipeline.tokenizer(cleaned_text if cleaned else SPECIAL_CAPTIONS["entities.mp4"]).input_ids)
-    assert rows["entities.mp4"]["text_embedding_shape"] == [num_tokens, 32]
+    num_tokens = len(tokenizer(cleaned_text if cleaned else SPECIAL_CAPTIONS["entities.mp4"]).input_ids)
+    assert len(job.rows["entities.mp4"]["text_embedding"]) == num_tokens
 
 
 def test_a_video_without_a_caption_is_dropped_and_said_to_be(captioned: tuple[Finished, bool]) -> None:

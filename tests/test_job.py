@@ -162,7 +162,7 @@ records = st.builds(
     unit=texts,
     files=st.lists(written_files, max_size=2).map(tuple),
     bad=st.dictionaries(texts, counts, max_size=3),
-    dropped=st.lists(st.builds(Excluded, key=texts, reason=texts, message=texts), max_size=2).map(tuple),
+    dropped=st.lists(st.builds(Excluded, key=texts, reason=texts, message=texts, stage=texts), max_size=2).map(tuple),
     quarantine=st.none() | st.builds(QuarantineFile, name=texts, size_bytes=counts, sha256=digests),
     seconds=st.dictionaries(texts, st.integers(0, 10**9).map(lambda thousandths: thousandths / 1000), max_size=2),
 )

@@ -28,6 +28,7 @@ from streamprep.manifest import Manifest, load_index, load_manifest
 from streamprep.pack import cut_into_shards, pack, pack_shard
 from streamprep.shards import ShardSample
 from streamprep.sources import list_dataset
+from streamprep.sources._files import OpenFile
 from streamprep.storage import open_store
 from streamprep.types import RawSample, VideoInfo
 
@@ -131,6 +132,7 @@ def test_metadata_has_the_documented_fields(packed: Path) -> None:
         "rotation": 0,
         "codec": "h264",
         "variable_frame_rate": False,
+        "media_type": "video",
     }
     assert set(metadata["not_a_video"]) == listed | {"probe_error"}
     assert metadata["not_a_video"]["probe_error"].startswith("not a video: it begins with b'#EXTM3U")
@@ -309,7 +311,7 @@ def test_a_file_that_changes_after_it_was_listed_stops_the_packing(dataset: Path
     samples = list_dataset(dataset, "auto").samples
     stale = dataclasses.replace(samples[1], size_bytes=samples[1].size_bytes - 1)
     with pytest.raises(OSError, match=r"b\.mp4 changed while it was packed; let it settle"):
-        pack_shard(dataset, open_store(tmp_path), "000000.tar", [samples[0], stale])
+        pack_shard(OpenFile(dataset), open_store(tmp_path), "000000.tar", [samples[0], stale])
     assert contents(tmp_path) == {}
 
 

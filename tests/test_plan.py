@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ from hypothesis import strategies as st
 from making import make_contract
 
 from streamprep import canonical, forecast
-from streamprep.buckets import Bucket
+from streamprep.buckets import Bucket, parse_buckets
 from streamprep.config import PlanConfig
-from streamprep.errors import BAD_REASONS
-from streamprep.keys import IMAGE_EXTENSIONS
+from streamprep.errors import BAD_REASONS, UserError
 from streamprep.manifest import Manifest, ShardInfo
-from streamprep.plan import DROP_REASONS, Excluded, SamplingRules, UnitPlan, plan_clips, plan_unit
-from streamprep.sampling import WINDOWS, resample
+from streamprep.plan import DROP_REASONS, Excluded, RowPlan, SamplingRules, UnitPlan, plan_clips, plan_unit
+from streamprep.sampling import WINDOWS, resample, uniform
 from streamprep.shards import Member, ShardIndex, ShardSample
+from streamprep.sources._files import IMAGE_EXTENSIONS
 from streamprep.storage import Store
 from streamprep.types import VideoInfo
 
@@ -98,6 +100,20 @@ def excluded(sample: ShardSample, **rules: Any) -> Excluded:
     assert (only.reason in DROP_REASONS) == (only in unit.dropped)
     assert (only.reason in BAD_REASONS) == (only in unit.bad)
     return only
+
+
+def test_frames_of_too_many_pixels_are_bad_before_a_byte_is_read() -> None:
+    assert plan_one(make_sample(), max_pixels=320 * 180).clips
+    sample = excluded(make_sample(), max_pixels=320 * 180 - 1)
+    assert sample.reason == "too_large"
+    assert sample.message == "frames of 320x180 pixels, more than the 57599 of --max-pixels"
+
+
+def test_a_single_frame_is_never_repeated_to_a_clip() -> None:
+    image = make_sample(num_frames=1, fps=1.0, codec="png")
+    assert excluded(image, num_frames=5).reason == "too_short"
+    (clip,) = plan_one(image, num_frames=1).clips
+    assert clip.request.indices == (0,)
 
 
 # Which frames
@@ -262,13 +278,280 @@ def test_a_caption_is_kept_as_it_is() -> None:
     assert clip.rows[0].caption == caption
 
 
+# Which captions
+
+SEVERAL = ("One.", "Two.", " ", "Four.")
+
+
+def chosen(sample: ShardSample, **rules: Any) -> str:
+    ((row,),) = (clip.rows for clip in plan_one(sample, **rules).clips)
+    return row.caption
+
+
+def test_of_several_captions_the_first_is_taken_and_the_others_not_looked_at() -> None:
+    (clip,) = plan_one(make_sample(captions=SEVERAL)).clips
+    assert clip.rows == (RowPlan(key="a", id="a.mp4", caption="One.", prompt="One."),)
+    assert clip.unusable == ()
+    assert excluded(make_sample(captions=("", "Two."))).reason == "empty_caption"
+
+
+def test_all_captions_are_rows_with_numbers_and_those_that_cannot_be_used_are_listed() -> None:
+    unit = plan_one(make_sample("dir/a", captions=(*SEVERAL, "\ud83d")), caption="all")
+    (clip,) = unit.clips
+    assert [(row.key, row.id, row.caption, row.prompt) for row in clip.rows] == [
+        ("dir/a", "dir/a.mp4", "One.", "One."),
+        ("dir/a@01", "dir/a.mp4@01", "Two.", "Two."),
+        ("dir/a@03", "dir/a.mp4@03", "Four.", "Four."),
+    ]
+    assert [(item.key, item.reason) for item in unit.dropped] == [
+        ("dir/a@02", "empty_caption"),
+        ("dir/a@04", "caption_encoding"),
+    ]
+    assert unit.dropped == clip.unusable
+    assert list(unit.rows) == list(clip.rows)
+
+
+def test_a_caption_keeps_its_number_when_those_before_it_cannot_be_used() -> None:
+    unit = plan_one(make_sample(captions=("", "Two.")), caption="all")
+    assert [row.key for row in unit.rows] == ["a@01"]
+    assert [item.key for item in unit.dropped] == ["a@00"]
+
+
+@pytest.mark.parametrize("caption", ["first", "random", "all"])
+def test_a_sample_none_of_whose_captions_can_be_used_is_dropped_once(caption: str) -> None:
+    for captions in ((), ("",), (" ", "")):
+        item = excluded(make_sample(captions=captions), caption=caption)
+        assert (item.key, item.reason) == ("a", "empty_caption")
+
+
+def test_a_hundred_captions_have_different_keys() -> None:
+    captions = tuple(f"Caption {number}." for number in range(120))
+    keys = [row.key for row in plan_one(make_sample(captions=captions), caption="all").rows]
+    assert keys == ["a", *(f"a@{number:02d}" for number in range(1, 120))]
+    assert len(set(keys)) == 120
+
+
+def test_a_random_caption_follows_from_seed_and_key_alone() -> None:
+    samples = [make_sample(f"{number}", captions=SEVERAL) for number in range(40)]
+    shuffled = random.Random(0).sample(samples, len(samples))
+    first, second = (
+        {
+            row.key: row.caption
+            for row in plan_unit(unit, make_index(*of), make_rules(caption="random", workload_type=workload)).rows
+        }
+        for unit, of, workload in (("000000", samples, "t2v"), ("000007", shuffled, "text"))
+    )
+    assert first == second
+    assert first == {sample.key: chosen(sample, caption="random") for sample in samples}
+
+
+def test_another_seed_chooses_other_captions() -> None:
+    samples = [make_sample(f"{number}", captions=SEVERAL) for number in range(40)]
+    choices = {tuple(chosen(sample, caption="random", seed=seed) for sample in samples) for seed in range(10)}
+    assert len(choices) == 10
+
+
+def test_each_caption_that_can_be_used_is_chosen_about_as_often() -> None:
+    counts = Counter(chosen(make_sample(f"{n}", captions=SEVERAL), caption="random") for n in range(3000))
+    assert set(counts) == {"One.", "Two.", "Four."}
+    assert all(abs(count - 1000) < 100 for count in counts.values()), counts  # 4 standard deviations
+
+
+def test_a_random_captions_row_has_the_samples_own_key() -> None:
+    (clip,) = plan_one(make_sample(captions=("", "Two.")), caption="random").clips
+    assert [(row.key, row.id, row.caption) for row in clip.rows] == [("a", "a.mp4", "Two.")]
+    assert [item.key for item in clip.unusable] == ["a@00"]
+
+
+@given(seed=st.integers(0, 2**32), key=st.text(max_size=10))
+def test_a_uniform_number_is_below_one_and_is_its_arguments_alone(seed: int, key: str) -> None:
+    assert 0 <= uniform(seed, key, "caption") < 1
+    assert uniform(seed, key, "caption") == uniform(seed, key, "caption")
+    assert len({uniform(seed, key, purpose) for purpose in ("caption", "guidance")}) == 2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_that_share_of_the_rows_is_encoded_without_a_prompt_and_keeps_its_caption(rate: float) -> None:
+    rules = make_rules(training_cfg_rate=rate, workload_type="text", caption="all")
+    samples = [make_sample(f"{number}", captions=("One.", "Two.")) for number in range(1000)]
+    rows = list(plan_unit("000000", make_index(*samples), rules).rows)
+    assert [row.caption for row in rows] == ["One.", "Two."] * 1000
+    assert {row.prompt for row in rows if row.prompt} <= {"One.", "Two."}
+    assert all(row.prompt in ("", row.caption) for row in rows)
+    share = sum(not row.prompt for row in rows) / len(rows)
+    assert share == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(rows)) ** 0.5)
+    without = {row.key for row in rows if not row.prompt}
+    again = plan_unit("000001", make_index(*reversed(samples)), rules).rows
+    assert without == {row.key for row in again if not row.prompt}
+    if 0 < rate < 1:
+        other = plan_unit("000000", make_index(*samples), dataclasses.replace(rules, seed=1)).rows
+        assert without != {row.key for row in other if not row.prompt}
+
+
+# Windows
+
+
+def keys_and_first_frames(sample: ShardSample, **rules: Any) -> list[tuple[str, int]]:
+    return [(clip.key, clip.request.indices[0]) for clip in plan_one(sample, **rules).clips if clip.request.indices]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({"window": "first"}, [("a", 0)]),
+        ({"window": "middle"}, [("a", 7)]),
+        ({"window": "uniform", "num_windows": 1}, [("a#00", 7)]),
+        ({"window": "uniform", "num_windows": 3}, [("a#00", 0), ("a#01", 8), ("a#02", 15)]),
+        ({"window": "every"}, [("a#00", 0)]),
+        ({"window": "every", "window_stride": 5}, [("a#00", 0), ("a#01", 5), ("a#02", 10), ("a#03", 15)]),
+    ],
+)
+def test_each_of_several_clips_has_its_number(rules: dict[str, Any], expected: list[tuple[str, int]]) -> None:
+    assert keys_and_first_frames(make_sample(fps=16.0, num_frames=32), **rules) == expected
+
+
+def test_windows_side_by_side_are_as_long_as_their_bucket() -> None:
+    buckets = parse_buckets("64x96x9,64x96x21", height=0, width=0, num_frames=0, multiple=16)
+    short, long = make_sample(fps=16.0, num_frames=20), make_sample(fps=16.0, num_frames=42)
+    assert keys_and_first_frames(short, window="every", buckets=buckets) == [("a#00", 0), ("a#01", 9)]
+    assert keys_and_first_frames(long, window="every", buckets=buckets) == [("a#00", 0), ("a#01", 21)]
+
+
+def test_rows_of_windows_and_captions_have_both_numbers_on_key_and_id() -> None:
+    sample = make_sample("dir/a", captions=("First.", "", "Third."), fps=16.0, num_frames=34)
+    unit = plan_one(sample, window="every", caption="all")
+    assert [(row.key, row.id, row.caption) for row in unit.rows] == [
+        ("dir/a#00", "dir/a.mp4#00", "First."),
+        ("dir/a#00@02", "dir/a.mp4#00@02", "Third."),
+        ("dir/a#01", "dir/a.mp4#01", "First."),
+        ("dir/a#01@02", "dir/a.mp4#01@02", "Third."),
+    ]
+    assert [(item.key, item.reason) for item in unit.dropped] == [("dir/a@01", "empty_caption")]
+
+
+def test_a_random_window_follows_from_seed_and_key() -> None:
+    samples = [make_sample(f"{n:03d}", fps=16.0, num_frames=20) for n in range(300)]
+    rules = make_rules(window="random")
+    unit = plan_unit("000000", make_index(*samples), rules)
+    starts = {clip.key: clip.request.indices[0] for clip in unit.clips if clip.request.indices}
+    assert set(starts.values()) == {0, 1, 2, 3}
+    backwards = plan_unit("000009", make_index(*samples[::-1]), rules)
+    assert {clip.key: clip.request.indices[0] for clip in backwards.clips if clip.request.indices} == starts
+    other = plan_unit("000000", make_index(*samples), dataclasses.replace(rules, seed=43))
+    assert {clip.key: clip.request.indices[0] for clip in other.clips if clip.request.indices} != starts
+
+
+def test_windows_of_a_variable_frame_rate_are_found_by_time() -> None:
+    sample = make_sample(duration_seconds=2.5, start_seconds=1.0, variable_frame_rate=True)
+    clips = plan_one(sample, window="uniform", num_windows=3).clips
+    assert [clip.request.indices for clip in clips] == [None] * 3
+    assert [clip.request.timestamps[0] for clip in clips] == [1.0, 1.0 + 12 / 16, 1.0 + 23 / 16]
+    assert all(clip.request.timestamps[-1] < 3.5 for clip in clips)
+
+
+# Short videos
+
+
+def test_a_share_of_the_short_videos_gives_shorter_clips() -> None:
+    samples = [make_sample(f"{n:04d}", fps=16.0, num_frames=1 + n % 16) for n in range(2000)]
+    previous: set[str] = set()
+    for ratio in 1.0, 0.7, 0.3, 0.0:
+        unit = plan_unit("000000", make_index(*samples), make_rules(drop_short_ratio=ratio))
+        assert len(unit.dropped) / 2000 == pytest.approx(ratio, abs=0.04)
+        assert {item.reason for item in unit.dropped} <= {"too_short"}
+        kept = {clip.key for clip in unit.clips}
+        assert previous <= kept  # a smaller ratio keeps the same ones and more
+        previous = kept
+    assert len(previous) == 2000
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"), [(1, 1), (2, 1), (4, 1), (5, 5), (8, 5), (9, 9), (16, 13), (17, 17), (40, 17)]
+)
+def test_a_shorter_clip_keeps_the_models_rule(there: int, taken: int) -> None:
+    (clip,) = plan_one(make_sample(fps=16.0, num_frames=there), drop_short_ratio=0.0).clips
+    assert clip.request.indices == tuple(range(taken))
+    assert str(clip.bucket) == f"64x96x{taken}"
+
+
+def test_a_video_without_a_frame_at_that_rate_is_too_short_whatever_the_ratio() -> None:
+    sample = make_sample(duration_seconds=0.0, variable_frame_rate=True)
+    assert excluded(sample, drop_short_ratio=0.0).reason == "too_short"
+
+
+# Buckets
+
+
+BUCKETS = parse_buckets("64x96x17,96x64x17,64x64x9,64x64x17", height=0, width=0, num_frames=0, multiple=16)
+
+
+def test_a_video_goes_to_its_bucket_by_displayed_size_and_length() -> None:
+    for height, width, num_frames, expected in (
+        (180, 320, 48, "64x96x17"),
+        (320, 180, 48, "96x64x17"),
+        (200, 200, 48, "64x64x17"),
+        (200, 200, 24, "64x64x9"),
+    ):
+        (clip,) = plan_one(make_sample(height=height, width=width, num_frames=num_frames), buckets=BUCKETS).clips
+        assert str(clip.bucket) == expected
+    item = excluded(make_sample(height=200, width=200, num_frames=12), buckets=BUCKETS)
+    assert item.message == "8 frames at 16 fps, 9 are wanted (12 frames at 24 fps)"
+
+
+def test_nothing_is_enlarged_beyond_the_limit() -> None:
+    sample = make_sample(height=32, width=60)
+    assert len(plan_one(sample).clips) == len(plan_one(sample, max_upscale=2.0).clips) == 1
+    item = excluded(sample, max_upscale=1.9)
+    assert (item.reason, item.message) == ("upscale", "32x60 pixels would be enlarged 2.00 times for 64x96x17")
+    small = (Bucket(32, 48, 17), Bucket(64, 96, 17))
+    assert len(plan_one(sample, max_upscale=1.0, buckets=small).clips) == 1
+
+
+@given(
+    shapes=st.lists(st.sampled_from([(180, 320), (320, 180), (200, 200)]), max_size=20),
+    num_frames=st.integers(24, 60),
+    size=st.integers(1, 4),
+)
+def test_batches_are_of_one_bucket_and_hold_every_clip_once(
+    shapes: list[tuple[int, int]], num_frames: int, size: int
+) -> None:
+    samples = [make_sample(f"{n:02d}", height=h, width=w, num_frames=num_frames) for n, (h, w) in enumerate(shapes)]
+    unit = plan_unit("000000", make_index(*samples), make_rules(buckets=BUCKETS, window="every", window_stride=7))
+    batches = list(unit.batches(size))
+    assert [clip for batch in batches for clip in batch] == list(unit.clips)
+    assert all(len({clip.bucket for clip in batch}) == 1 and len(batch) <= size for batch in batches)
+    order = {sample.key: number for number, sample in enumerate(samples)}
+    for bucket in {clip.bucket for clip in unit.clips}:
+        keys = [clip.key for clip in unit.clips if clip.bucket == bucket]
+        assert keys == sorted(keys, key=lambda key: (order[key.partition("#")[0]], key))
+        assert sum(len(batch) < size for batch in batches if batch[0].bucket == bucket) <= 1
+
+
+# Conditions
+
+
+def test_samples_that_do_not_fulfil_the_condition_are_dropped_before_all_else() -> None:
+    index = make_index(make_sample("a"), make_sample("b", width=100), make_sample("c", probe_error="no video"))
+    unit = plan_unit("000000", index, make_rules(where="width > 200"))
+    assert [clip.key for clip in unit.clips] == ["a"]
+    assert [(item.key, item.reason, item.message) for item in unit.dropped] == [
+        ("b", "where", "--where width > 200"),
+        ("c", "where", "--where width > 200"),
+    ]
+
+
+def test_a_condition_that_cannot_be_evaluated_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--where 'width >.: near .*syntax error"):
+        plan_one(make_sample(), where="width >")
+
+
 # Images
 
 
 def make_image(key: str = "picture", *, extension: str = "png", **info: Any) -> ShardSample:
     """A picture as its shard's index describes it."""
     codec = {"jpg": "mjpeg", "jpeg": "mjpeg"}.get(extension, extension)
-    sample = make_sample(key, fps=1.0, num_frames=1, codec=codec, **info)
+    sample = make_sample(key, fps=1.0, num_frames=1, codec=codec, media_type="image", **info)
     metadata = {**sample.metadata, "extension": extension, "file_name": f"{key}.{extension}"}
     return dataclasses.replace(sample, members={extension: sample.members["mp4"]}, metadata=metadata)
 
@@ -410,6 +693,21 @@ def test_a_limit_stops_at_that_many_clips(limit: int, clips: str, others: str) -
     unit = plan_unit("000000", mixed_index(), make_rules(), limit=limit)
     assert "".join(clip.key for clip in unit.clips) == clips
     assert "".join(sorted(item.key for item in unit.dropped + unit.bad)) == others
+
+
+@pytest.mark.parametrize("limit", range(8))
+def test_a_limit_counts_the_clips_of_all_windows(limit: int) -> None:
+    index = make_index(*(make_sample(key, fps=16.0, num_frames=51) for key in "ab"))  # 3 windows each
+    rules = make_rules(window="every")
+    unit = plan_unit("000000", index, rules, limit=limit)
+    every = ["a#00", "a#01", "a#02", "b#00", "b#01", "b#02"]
+    assert [clip.key for clip in unit.clips] == every[:limit]
+
+
+def test_a_limit_takes_the_first_in_the_order_of_the_shard_not_of_the_buckets() -> None:
+    index = make_index(make_sample("a", height=320, width=180), make_sample("b"), make_sample("c"))
+    unit = plan_unit("000000", index, make_rules(buckets=BUCKETS), limit=2)
+    assert [clip.key for clip in unit.clips] == ["b", "a"]
 
 
 @given(num_clips=st.integers(0, 20), size=st.integers(1, 7))

@@ -17,9 +17,9 @@ GROUP = "streamprep.sources"
 PLUGIN = """
 from streamprep.sources import _files
 
-def read_samples(root):
-    listing = _files.Listing()
-    listing.add(root, "a.mp4", file_name="a.mp4", captions=["from a plugin"])
+def read_samples(root, options):
+    listing = _files.Listing(root)
+    listing.add("a.mp4", file_name="a.mp4", captions=["from a plugin"])
     return listing
 """
 
@@ -52,7 +52,7 @@ def test_every_plugin_has_its_groups_function(group: str) -> None:
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"no source 'nothing'; one of .*folder, merged, .*raw"):
+    with pytest.raises(UserError, match=r"no source 'nothing'; one of folder, .*merged, .*raw"):
         plugins.load(GROUP, "nothing")
     with pytest.raises(UserError, match=r"no source '_files'; one of"):
         plugins.load(GROUP, "_files")

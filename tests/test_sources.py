@@ -9,14 +9,10 @@ from typing import Any
 
 import pytest
 
-from streamprep import plugins
 from streamprep.errors import UserError
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Skipped
 from streamprep.types import RawSample
-
-SOURCES = [name for name in plugins.names("streamprep.sources") if name != "prompts"]  # it has no videos
-CAPTIONS = {"b.mp4": "a ball", "a.mov": "an apple", "deep/down/c.MKV": "a cat"}
 
 MakeDataset = Callable[..., Path]
 
@@ -38,84 +34,6 @@ def only(samples: list[RawSample]) -> RawSample:
     return sample
 
 
-# --- the contract of every source
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_a_source_lists_every_video_with_its_caption(make_dataset: MakeDataset, layout: str) -> None:
-    root = make_dataset(layout, CAPTIONS)
-    listing = list_dataset(root, layout)
-    assert [(sample.key, sample.file_name, sample.captions) for sample in listing.samples] == [
-        ("a", "a.mov", ("an apple",)),
-        ("b", "b.mp4", ("a ball",)),
-        ("deep/down/c", "deep/down/c.MKV", ("a cat",)),
-    ]
-    for sample in listing.samples:
-        status = (root / sample.path).stat()
-        assert (sample.size_bytes, sample.version) == (status.st_size, str(status.st_mtime_ns))
-    assert listing.skipped == []
-    assert list_dataset(root, layout).samples == listing.samples
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_a_source_is_recognised(make_dataset: MakeDataset, layout: str) -> None:
-    root = make_dataset(layout, CAPTIONS)
-    assert list_dataset(root, "auto").samples == list_dataset(root, layout).samples
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_a_source_does_not_recognise_an_empty_folder(tmp_path: Path, layout: str) -> None:
-    assert not plugins.load("streamprep.sources", layout).matches(tmp_path)
-    with pytest.raises(UserError, match=r"is missing|lists no videos"):
-        list_dataset(tmp_path, layout)
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_a_source_changes_a_samples_version_with_its_bytes(make_dataset: MakeDataset, layout: str) -> None:
-    root = make_dataset(layout, {"a.mp4": "an apple"})
-    before = only(list_dataset(root, layout).samples)
-    os.utime(root / before.path, (0, 0))
-    assert only(list_dataset(root, layout).samples).version != before.version
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_two_videos_of_one_key_are_refused(make_dataset: MakeDataset, layout: str) -> None:
-    root = make_dataset(layout, {"a.mp4": "an apple", "a.mov": "another", "b.mp4": ""})
-    with pytest.raises(UserError, match=r"'a\.mp4' and 'a\.mov' have the same key 'a'|'a\.mov' and 'a\.mp4' have"):
-        list_dataset(root, layout)
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_a_link_inside_the_dataset_is_followed(make_dataset: MakeDataset, layout: str) -> None:
-    root = make_dataset(layout, CAPTIONS)
-    path = root / only([sample for sample in list_dataset(root, layout).samples if sample.key == "a"]).path
-    (root / "kept").mkdir()
-    path.rename(root / "kept" / "original")
-    path.symlink_to(root / "kept" / "original")
-    linked = [sample for sample in list_dataset(root, layout).samples if sample.key == "a"]
-    assert only(linked).size_bytes == len("a.mov")
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_a_link_out_of_the_dataset_is_refused(make_dataset: MakeDataset, tmp_path: Path, layout: str) -> None:
-    root = make_dataset(layout, CAPTIONS)
-    path = root / list_dataset(root, layout).samples[0].path
-    path.rename(tmp_path / "outside")
-    path.symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match=rf"a\.mov is a link to {tmp_path}/outside, outside the dataset: copy it in"):
-        list_dataset(root, layout)
-
-
-@pytest.mark.parametrize("layout", SOURCES)
-def test_a_pipe_in_the_place_of_a_video_is_refused(make_dataset: MakeDataset, layout: str) -> None:
-    root = make_dataset(layout, CAPTIONS)
-    path = root / list_dataset(root, layout).samples[0].path
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(UserError, match=r"a\.mov is not a regular file"):
-        list_dataset(root, layout)
-
-
 # --- which layout
 
 
@@ -131,17 +49,20 @@ def test_the_more_particular_layout_wins(make_dataset: MakeDataset) -> None:
 
 def test_a_folder_of_no_layout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"none of the layouts prompts, merged, raw, folder: no videos2caption\.json"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the layouts prompts, merged, raw, hf, manifest, webdataset, folder: no videos2caption\.json",
+    ):
         list_dataset(tmp_path, "auto")
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere is not there"):
+    with pytest.raises(UserError, match="nowhere is not a folder or file"):
         list_dataset(tmp_path / "nowhere", "auto")
 
 
 def test_an_unknown_layout_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no source 'mergd'; one of .*folder, merged, .*raw"):
+    with pytest.raises(UserError, match=r"no source 'mergd'; one of folder, .*manifest, merged, .*raw"):
         list_dataset(tmp_path, "mergd")
 
 
@@ -290,9 +211,9 @@ def test_raw_videos_may_lie_beside_their_list(tmp_path: Path) -> None:
     ("videos", "prompts", "message"),
     [
         (b"a.mp4\nb.mp4\n", b"one\n", "videos.txt has 2 lines and prompt.txt has 1; line n of one is for line n"),
-        (b"a.mp4\n\nb.mp4\n", b"1\n2\n3\n", "videos.txt has an empty line"),
+        (b"a.mp4\n\nb.mp4\n", b"1\n2\n3\n", "videos.txt, line 2: videos.txt has an empty line"),
         (b"", b"", "lists no videos"),
-        (b"a.mp4", b"\xff\n", "prompt.txt is not UTF-8"),
+        (b"a.mp4", b"\xff\n", "prompt.txt is not UTF-8: line 1 holds b'\\xff'"),
         (b"../a.mp4", b"1", "'../a.mp4' is not a relative path inside the dataset"),
         (b"/proc/version", b"1", "'/proc/version' is not a relative path inside the dataset"),
     ],
@@ -333,7 +254,7 @@ def test_a_video_without_a_caption_has_none(make_dataset: MakeDataset) -> None:
 
 
 def test_hidden_files_and_files_of_other_kinds_are_no_videos(make_dataset: MakeDataset) -> None:
-    root = make_dataset("folder", {"a.mp4": "", ".hidden.mp4": "", ".cache/b.mp4": "", "c.jpg": "", "mp4": ""})
+    root = make_dataset("folder", {"a.mp4": "", ".hidden.mp4": "", ".cache/b.mp4": "", "c.heic": "", "mp4": ""})
     assert [sample.key for sample in list_dataset(root, "folder").samples] == ["a"]
 
 
@@ -382,3 +303,71 @@ def test_a_caption_file_that_cannot_be_read_is_refused(
     (root / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)):
         list_dataset(root, "folder")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_a_caption_that_is_a_pipe_or_a_link_out_is_refused(
+    make_dataset: MakeDataset, tmp_path: Path, name: str
+) -> None:
+    root = make_dataset("folder", {"a.mp4": ""})
+    (root / "a.txt").unlink()
+    os.mkfifo(root / name)  # which would block for ever
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not a regular file"):
+        list_dataset(root, "folder")
+    (root / name).unlink()
+    (root / name).symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link to /etc/hostname, outside the dataset"):
+        list_dataset(root, "folder")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("merged", "videos2caption.json"), ("raw", "videos.txt"), ("raw", "prompt.txt")]
+)
+def test_a_list_that_is_a_pipe_or_a_link_out_is_refused(make_dataset: MakeDataset, layout: str, name: str) -> None:
+    root = make_dataset(layout, {"a.mp4": "x"})
+    (root / name).unlink()
+    (root / name).symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link to /etc/hostname, outside the dataset"):
+        list_dataset(root, layout)
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is not a regular file"):
+        list_dataset(root, layout)
+
+
+def test_a_raw_line_that_is_not_utf_8_is_named(make_dataset: MakeDataset) -> None:
+    root = make_dataset("raw", {"a.mp4": "x"})
+    (root / "prompt.txt").write_bytes(b"one\ntwo\nth\xffee\n")
+    with pytest.raises(UserError, match=r"prompt\.txt is not UTF-8: line 3 holds b'\\xff'"):
+        list_dataset(root, "raw")
+
+
+def test_an_object_with_a_name_twice_is_refused(make_merged: Callable[..., Path]) -> None:
+    root = make_merged('[{"path": "a.mp4", "cap": "one", "cap": "two"}]')
+    with pytest.raises(UserError, match="an object has the name 'cap' twice"):
+        list_dataset(root, "merged")
+
+
+def test_a_number_too_large_for_json_becomes_none(make_merged: Callable[..., Path]) -> None:
+    # 1e999 is JSON, and infinity in Python: writing the listing's digest crashed on it.
+    sample = only(list_dataset(make_merged('[{"path": "a.mp4", "cap": "x", "score": 1e999}]'), "merged").samples)
+    assert sample.extra == {"score": None}
+
+
+def test_a_videos_place_beside_the_json_is_found_too(make_merged: Callable[..., Path]) -> None:
+    root = make_merged([{"path": "a.mp4", "cap": "x"}])
+    (root / "videos" / "a.mp4").rename(root / "a.mp4")
+    assert only(list_dataset(root, "merged").samples).path == "a.mp4"
+
+
+def test_an_image_beside_a_video_is_its_thumbnail(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": "video", "a.jpg": "video", "b.jpg": "image"})
+    listing = list_dataset(root, "folder")
+    assert [sample.file_name for sample in listing.samples] == ["a.mp4", "b.jpg"]
+    assert listing.skipped == [Skipped(file_name="a.jpg", reason="thumbnail")]
+
+
+def test_tars_beside_videos_do_not_hide_them(make_dataset: MakeDataset) -> None:
+    root = make_dataset("folder", {"a.mp4": "video"})
+    (root / "backup.tar").touch()
+    assert [sample.file_name for sample in list_dataset(root, "auto").samples] == ["a.mp4"]

@@ -56,7 +56,7 @@ def test_a_tar_of_another_size_is_found(
 def test_a_missing_tar_is_found(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shards / "000000.tar").unlink()
     assert main(["verify", str(shards)]) == 1
-    assert "No such file" in capsys.readouterr().out
+    assert "000000.tar is missing: pack again" in capsys.readouterr().out
 
 
 def test_an_index_that_the_manifest_does_not_know_is_found(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

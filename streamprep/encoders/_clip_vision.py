@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprep.encoders._loading import load_component, transformers_class
+from streamprep.encoders._loading import load_component, load_preprocessor, transformers_class
 from streamprep.models import ModelFolder
 
 STATES = "hidden_states[-2]"  # the layer before the last, not normalised, all tokens
@@ -28,8 +28,7 @@ class ClipVision:
 
     def load(self) -> None:
         """Load processor and weights."""
-        processor = transformers_class(self._model, "image_processor")
-        self._processor = processor.from_pretrained(self._model.path / "image_processor")
+        self._processor = load_preprocessor(self._model, "image_processor")
         encoder = transformers_class(self._model, "image_encoder")
         self._encoder = load_component(self._model, encoder, "image_encoder", device=self._device, dtype=torch.float32)
 

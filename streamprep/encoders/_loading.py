@@ -42,6 +42,24 @@ def load_component(model: ModelFolder, kind: Any, component: str, *, device: tor
     return module.to(device).eval().requires_grad_(False)
 
 
+def load_preprocessor(model: ModelFolder, component: str) -> Any:
+    """A tokenizer or an image processor.
+
+    Args:
+        model: The folder.
+        component: Its sub-folder.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    kind = transformers_class(model, component)
+    try:
+        return kind.from_pretrained(model.path / component)
+    except Exception as error:  # tokenizers raises no narrower one of a file that it cannot read
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{model.path / component} cannot be loaded as a {kind.__name__}: {reason}") from error
+
+
 def transformers_class(model: ModelFolder, component: str) -> Any:
     """The class that ``model_index.json`` names for a component, which is the one the pipeline loads.
 

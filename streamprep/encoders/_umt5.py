@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprep.encoders._loading import load_component, transformers_class
+from streamprep.encoders._loading import load_component, load_preprocessor
 from streamprep.errors import UserError
 from streamprep.models import ModelFolder
 
@@ -53,7 +53,7 @@ class Umt5:
         """
         from transformers import UMT5EncoderModel
 
-        self._tokenizer = transformers_class(self._model, "tokenizer").from_pretrained(self._model.path / "tokenizer")
+        self._tokenizer = load_preprocessor(self._model, "tokenizer")
         place = torch.device("cpu") if self._offload else self._device
         self._encoder = load_component(self._model, UMT5EncoderModel, "text_encoder", device=place, dtype=self._dtype)
         self._check_tied()

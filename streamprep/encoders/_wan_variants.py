@@ -14,6 +14,8 @@ from typing import Any
 from streamprep.errors import UserError
 from streamprep.models import ModelFolder
 
+_TRANSFORMER = "WanTransformer3DModel"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WanVariant:
@@ -118,6 +120,7 @@ def _describe(model: ModelFolder) -> dict[str, Any]:
         "pipeline": index.get("_class_name"),
         "boundary_ratio": "set" if index.get("boundary_ratio") is not None else "none",
         "expand_timesteps": bool(index.get("expand_timesteps")),
+        "transformer": transformer.get("_class_name", _TRANSFORMER),  # VACE's has the same channels
         "transformer's in_channels": transformer.get("in_channels", 16),
         "image_dim": "set" if transformer.get("image_dim") is not None else "none",
         # Of the model that continues from a first to a last frame; it takes the features of both.
@@ -131,6 +134,7 @@ def _expected(variant: WanVariant, pipeline: str) -> dict[str, Any]:
         "pipeline": pipeline if pipeline in variant.pipelines else variant.pipelines[0],
         "boundary_ratio": "set" if variant.two_transformers else "none",
         "expand_timesteps": variant.expand_timesteps,
+        "transformer": _TRANSFORMER,
         "transformer's in_channels": variant.in_channels,
         "image_dim": "set" if variant.image_features else "none",
         "pos_embed_seq_len": None,

@@ -1,16 +1,20 @@
-"""What all sources that list files share: which files are videos, and turning paths into samples safely."""
+"""What all sources share: which files are videos, and turning paths and rows into samples safely."""
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import errno
 import json
+import math
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from streamprep.errors import UserError
 from streamprep.keys import extension_of, key_of
@@ -20,77 +24,167 @@ from streamprep.types import RawSample
 VIDEO_EXTENSIONS = frozenset(
     "3gp avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv".split()  # noqa: SIM905
 )
+IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp"))
+VIDEO_COLUMNS = ("video", "path", "file_name", "video_path", "media_path", "filepath", "filename", "file", "image")
 CAPTION_COLUMNS = ("cap", "caption", "captions", "text", "prompt")
 DECLARED_COLUMNS = ("fps", "num_frames", "duration", "resolution")
+MAX_CAPTION_CHARACTERS = 100_000
+"""A whole file taken for a caption would be copied into every index and plan."""
+SKIP_REASONS = {
+    "missing": "the dataset lists it, and there is no such file",
+    "thumbnail": "an image beside a video of the same name",
+    "caption_nul": "a caption holds a NUL character",
+    "caption_too_long": f"a caption has more than {MAX_CAPTION_CHARACTERS} characters",
+    "no_video": "a sample of a tar, or a row, that has no video",
+    "several_videos": "a sample of a tar that has more than one video",
+    "unreadable_caption": "the caption or JSON of a tar's sample is not UTF-8, or not JSON",
+    "damaged_tar": "a tar left out by --skip-damaged",
+}
+"""Why something listed is not packed: the closed list of ``skipped.jsonl``."""
+_HARMLESS = ("thumbnail",)
 _MEMBER_EXTENSION = re.compile("(?!json$|txt$)[a-z0-9]{1,8}")
+
+OpenVideo = Callable[[RawSample], BinaryIO]
+"""Gives a sample's bytes as a seekable file; sent to other processes, so it can be pickled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceOptions:
+    """What a user may tell a source; None leaves it to convention."""
+
+    video_column: str | None = None
+    caption_column: str | None = None
+    split: str | None = None
+    skip_damaged: bool = False
+    prefix_keys: bool = False
+    links_into: Path | None = None
+    """Not the user's: a folder beside the dataset that links may lead to, where the hub's cache has the contents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skipped:
-    """Something the dataset lists and does not have."""
+    """Something the dataset lists that is not packed."""
 
     file_name: str
     reason: str
+    """One of `SKIP_REASONS`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """Opens samples that are files of a folder."""
+
+    root: Path
+
+    def __call__(self, sample: RawSample) -> BinaryIO:
+        """The file; no pipe or device that has taken its place since it was listed, which would block."""
+        return open_regular(self.root / sample.path)
+
+
+@dataclass
 class Listing:
     """What a dataset holds, before any video is opened."""
 
-    samples: list[RawSample] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    root: Path
+    """The dataset's folder; what lies outside is refused."""
+    samples: list[RawSample] = field(default_factory=list, kw_only=True)
+    skipped: list[Skipped] = field(default_factory=list, kw_only=True)
+    open_video: OpenVideo = field(default=None, kw_only=True)  # type: ignore[assignment]
+    """By default, opens ``root / sample.path``."""
+    in_order: bool = field(default=False, kw_only=True)
+    """Whether the bytes can only be read one after the other, so that a shuffle would read all for each."""
+    links_into: Path | None = field(default=None, kw_only=True)
+    """See `SourceOptions`."""
+    _places: dict[str, str] = field(default_factory=dict, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.open_video is None:
+            self.open_video = OpenFile(self.root)
 
     def add(
         self,
-        root: Path,
         path: str,
         *,
         file_name: str,
         captions: Iterable[str],
         declared: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
+        where: str | None = None,
     ) -> None:
         """List one video file, or note that it is missing.
 
         Args:
-            root: The dataset's folder; what lies outside is refused.
             path: Of the video, relative to ``root``.
             file_name: What the dataset calls it.
             captions: In the dataset's order.
             declared: What the dataset says of the video.
             extra: Further columns.
+            where: File and line that list it, for messages.
 
         Raises:
             UserError: if the path leaves the dataset, names something that is no file or too large a one, or has
                 no extension that a shard could tell from its own ``.json`` and ``.txt``.
         """
-        if not _is_relative(path) or not _is_relative(file_name):
-            raise UserError(f"{root}: the video {file_name!r} is not a relative path inside the dataset")
+        where = where or str(self.root)
+        check_path(path, where=where, shown=file_name)
+        check_path(file_name, where=where, shown=file_name)
+        name = readable(file_name)
         if not _MEMBER_EXTENSION.fullmatch(extension_of(path)):
-            raise UserError(f"{root}: the video {file_name!r} needs a video's extension, such as .mp4: rename it")
-        status = _status_inside(root, path)
-        name = os.fsencode(file_name).decode("utf-8", "backslashreplace")
+            raise UserError(f"{where}: the video {file_name!r} needs a video's extension, such as .mp4: rename it")
+        try:
+            status = status_inside(self.root, path, links_into=self.links_into)
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if where != str(self.root) else str(error)) from error
         if status is None:
-            self.skipped.append(Skipped(file_name=name, reason="missing"))
+            self.skip(name, "missing")
             return
-        if status.st_size > MAX_MEMBER_BYTES:
-            raise UserError(
-                f"{root}: the video {file_name!r} is of {status.st_size} bytes, shards hold less than 8 GiB"
-            )
-        self.samples.append(
+        self.add_sample(
             RawSample(
                 key=key_of(file_name),
                 file_name=name,
                 path=path,
                 size_bytes=status.st_size,
-                version=str(status.st_mtime_ns),
+                version=self.version_of(path, status),
                 captions=tuple(captions),
                 declared=declared or {},
                 extra=extra or {},
-            )
+            ),
+            where=where,
         )
 
-    def checked(self, root: Path) -> Listing:
+    def add_sample(self, sample: RawSample, *, where: str) -> None:
+        """List one sample, wherever its bytes are.
+
+        Raises:
+            UserError: if it is too large for a tar, or another sample has its key.
+        """
+        if sample.size_bytes > MAX_MEMBER_BYTES:
+            raise UserError(
+                f"{where}: the video {sample.file_name!r} is of {sample.size_bytes} bytes, shards hold less than 8 GiB"
+            )
+        reason = _bad_caption(sample.captions)
+        if reason:
+            self.skip(sample.file_name, reason)
+            return
+        if sample.key in self._places:
+            raise UserError(
+                f"{where}: {sample.file_name!r} and {self._places[sample.key]} have the same key {sample.key!r}; "
+                "rename one, or list it once (a video may have a list of captions)"
+            )
+        self._places[sample.key] = repr(sample.file_name) + (f" ({where})" if where != str(self.root) else "")
+        self.samples.append(sample)
+
+    def version_of(self, path: str, status: os.stat_result) -> str:
+        """What changes with a file's bytes: in the hub's cache, where a name is a link, the digest it leads to."""
+        full = self.root / path
+        return full.resolve().name if self.links_into and full.is_symlink() else str(status.st_mtime_ns)
+
+    def skip(self, file_name: str, reason: str) -> None:
+        """Note something that is listed and not packed."""
+        assert reason in SKIP_REASONS, reason
+        self.skipped.append(Skipped(file_name=file_name, reason=reason))
+
+    def checked(self) -> Listing:
         """Itself, sorted by key.
 
         Raises:
@@ -99,23 +193,61 @@ class Listing:
         counts = Counter(sample.key for sample in self.samples)
         for key in (key for key, count in counts.items() if count > 1):
             both = " and ".join(repr(sample.file_name) for sample in self.samples if sample.key == key)
-            raise UserError(f"{root}: {both} have the same key {key!r}; rename one, or list it once")
-        total, missing = len(self.samples) + len(self.skipped), len(self.skipped)
-        if missing > max(20, 0.05 * total) or (missing and not self.samples):
-            raise UserError(
-                f"{root}: {missing} of {total} listed videos are missing, the first is "
-                f"{self.skipped[0].file_name!r}: is this the right folder?"
-            )
+            raise UserError(f"{self.root}: {both} have the same key {key!r}; rename one, or list it once")
+        unusable = [skipped for skipped in self.skipped if skipped.reason not in _HARMLESS]
+        total = len(self.samples) + len(unusable)
+        if len(unusable) > max(20, 0.05 * total) or (unusable and not self.samples):
+            raise UserError(f"{self.root}: {len(unusable)} of {total} listed videos are {_summary(unusable)}")
         if not self.samples:
-            raise UserError(f"{root} lists no videos")
+            raise UserError(f"{self.root} lists no videos")
         self.samples.sort(key=lambda sample: sample.key)
-        self.skipped.sort(key=lambda skipped: skipped.file_name)
+        self.skipped.sort(key=lambda skipped: (skipped.file_name, skipped.reason))
         return self
+
+
+def readable(file_name: str) -> str:
+    """A file's name as text: bytes of it that are no UTF-8 are written as ``\\xff``."""
+    return os.fsencode(file_name).decode("utf-8", "backslashreplace")
+
+
+def _summary(unusable: list[Skipped]) -> str:
+    counts = Counter(skipped.reason for skipped in unusable)
+    first = f"the first is {unusable[0].file_name!r}"
+    if set(counts) == {"missing"}:
+        return f"missing, {first}: is this the right folder?"
+    return f"unusable ({', '.join(f'{n} {reason}' for reason, n in counts.most_common())}), {first}: right columns?"
+
+
+def _bad_caption(captions: tuple[str, ...]) -> str | None:
+    if any("\0" in caption for caption in captions):
+        return "caption_nul"
+    return "caption_too_long" if any(len(caption) > MAX_CAPTION_CHARACTERS for caption in captions) else None
+
+
+# --- paths
+
+
+def check_path(path: str, *, where: str, shown: str) -> None:
+    """Refuse what is not a relative path that stays inside the dataset, and say what to do.
+
+    Raises:
+        UserError: for URLs, absolute paths, ``..``, NUL, and names no file system can have.
+    """
+    if "://" in path:
+        raise UserError(
+            f"{where}: the video {shown!r} is not a relative path inside the dataset but a URL, which is not fetched: "
+            "download the videos and list their paths"
+        )
+    if not _is_relative(path):
+        raise UserError(
+            f"{where}: the video {shown!r} is not a relative path inside the dataset: list paths below its folder, "
+            "without '..'"
+        )
 
 
 def _is_relative(path: str) -> bool:
     parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in path or "://" in path:
+    if not path or parts.is_absolute() or ".." in parts.parts or "\0" in path:
         return False
     try:
         os.fsencode(path)
@@ -124,18 +256,59 @@ def _is_relative(path: str) -> bool:
     return True
 
 
-def _status_inside(root: Path, path: str) -> os.stat_result | None:
-    """The file's status, None if it is missing; links must stay inside the dataset."""
+def status_inside(root: Path, path: str, *, links_into: Path | None = None) -> os.stat_result | None:
+    """The status of a regular file, None if it is missing; links must stay inside the dataset.
+
+    Raises:
+        UserError: if it is a folder, pipe or device, or a link leads out.
+    """
     full = root / path
     try:
         status = full.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        raise UserError(f"{str(full)[:300]}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{full} is not a regular file")
-    if not full.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{full} is a link to {full.resolve()}, outside the dataset: copy it in")
+    resolved = full.resolve()
+    if not any(resolved.is_relative_to(folder.resolve()) for folder in (root, links_into) if folder is not None):
+        raise UserError(f"{full} is a link to {resolved}, outside the dataset: copy it in")
     return status
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file opened for reading that is no pipe or device, which could block for ever.
+
+    Raises:
+        UserError: if it is one.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is not a regular file")
+    return open(handle, "rb")
+
+
+# --- text and JSON
+
+
+def read_text(file: Path) -> str:
+    """A text file, without its byte order mark.
+
+    Raises:
+        UserError: if it is not UTF-8, naming the line, or not a regular file.
+        FileNotFoundError: if it is not there.
+    """
+    with open_regular(file) as opened:
+        data = opened.read()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{file} is not UTF-8: line {line} holds {data[error.start : error.end]!r}") from error
 
 
 def read_json(file: Path) -> Any:
@@ -145,10 +318,30 @@ def read_json(file: Path) -> Any:
         UserError: if it is not JSON.
         FileNotFoundError: if it is not there.
     """
+    return parse_json(read_text(file), where=str(file))
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """The value of some JSON.
+
+    Raises:
+        UserError: if it is none, or an object has a name twice: which one counts would be a guess.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=lambda _: None)
+        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON in UTF-8: {error}") from error
+        raise UserError(f"{where} is not JSON in UTF-8: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the name {twice!r} twice")
+    return value
+
+
+# --- rows
 
 
 def captions_of(value: Any, *, where: str) -> tuple[str, ...]:
@@ -159,16 +352,63 @@ def captions_of(value: Any, *, where: str) -> tuple[str, ...]:
     return tuple(captions)
 
 
+def choose_column(columns: Iterable[str], *, wanted: str | None, among: tuple[str, ...], flag: str, where: str) -> str:
+    """The column asked for, or the first that convention knows.
+
+    Raises:
+        UserError: if there is none, with those there are.
+    """
+    columns = list(columns)
+    shown = f"it has {', '.join(map(repr, columns))}"[:500] if columns else "it has none"
+    if wanted is not None:
+        if wanted not in columns:
+            raise UserError(f"{where}: there is no column {wanted!r} for {flag}; {shown}")
+        return wanted
+    found = next((name for name in among if name in columns), None)
+    if found is None:
+        raise UserError(f"{where}: no column is called {', '.join(among)}; {shown}: name it by {flag}")
+    return found
+
+
 def split_columns(
-    row: Mapping[str, Any], *, where: str
+    row: Mapping[str, Any], *, where: str, video_column: str = "path", caption_column: str | None = None
 ) -> tuple[tuple[str, ...] | None, dict[str, Any], dict[str, Any]]:
     """A metadata row as (captions or None, declared, extra)."""
-    column = next((name for name in CAPTION_COLUMNS if name in row), None)
+    column = caption_column or next((name for name in CAPTION_COLUMNS if name in row), None)
     captions = None if column is None else captions_of(row[column], where=where)
-    declared = {name: row[name] for name in DECLARED_COLUMNS if row.get(name) is not None}
+    row = {name: value for name, value in row.items() if not _is_bytes(value)}
+    declared = {name: row[name] for name in DECLARED_COLUMNS if not _is_empty(row.get(name))}
     for name in ("fps", "num_frames", "duration"):
         value = declared.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise UserError(f"{where}: {name} must be a positive number, got {value!r:.200}")
-    known = {column, *DECLARED_COLUMNS, "path"}
-    return captions, declared, {name: value for name, value in row.items() if name not in known}
+    declared = {name: to_json_value(value) for name, value in declared.items()}
+    known = {column, *DECLARED_COLUMNS, video_column}
+    return captions, declared, {name: to_json_value(value) for name, value in row.items() if name not in known}
+
+
+def to_json_value(value: Any) -> Any:
+    """What JSON can hold of a value from Parquet or ``datasets``: infinities become None, bytes are left out."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): to_json_value(item) for name, item in value.items() if not _is_bytes(item)}
+    if isinstance(value, (list, tuple)):
+        return [to_json_value(item) for item in value if not _is_bytes(item)]
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise UserError(f"a column holds a {type(value).__name__}, which cannot be kept: leave that column out")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, (bytes, bytearray, memoryview))

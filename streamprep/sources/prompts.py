@@ -10,8 +10,10 @@ from pathlib import Path
 
 from streamprep.errors import UserError
 from streamprep.keys import key_of
-from streamprep.sources._files import Listing
+from streamprep.sources._files import Listing, SourceOptions, readable
 from streamprep.types import RawSample
+
+TAKES_FILES = True
 
 
 def matches(root: Path) -> bool:
@@ -19,11 +21,11 @@ def matches(root: Path) -> bool:
     return root.suffix == ".txt" and root.is_file()
 
 
-def read_samples(root: Path) -> Listing:
+def read_samples(root: Path, _: SourceOptions) -> Listing:
     """List the file's prompts.
 
     Raises:
-        UserError: if it cannot be read as UTF-8.
+        UserError: if it cannot be read as UTF-8, or holds no prompt.
     """
     try:
         text = root.read_text(encoding="utf-8-sig")
@@ -31,11 +33,24 @@ def read_samples(root: Path) -> Listing:
         raise UserError(f"{root} is not UTF-8: {error}") from error
     except OSError as error:
         raise UserError(f"{root} is not a text file with a prompt on each line: {error}") from error
-    listing = Listing()
-    for number, line in enumerate(text.rstrip("\n \t\r").split("\n"), start=1):
-        name = f"{root.stem}-{number:06d}"
-        captions = (line.strip(),) if line.strip() else ()
-        listing.samples.append(
-            RawSample(key=key_of(f"{name}.txt"), file_name=name, path=None, size_bytes=0, version="", captions=captions)
-        )
-    return listing
+    if not text.strip():
+        raise UserError(f"{root} holds no prompts: it is empty")
+    return Listing(
+        root,
+        samples=[
+            _sample(f"{root.stem}-{number:06d}", line.strip())
+            for number, line in enumerate(text.rstrip("\n \t\r").split("\n"), start=1)
+        ],
+    )
+
+
+def _sample(name: str, prompt: str) -> RawSample:
+    return RawSample(
+        key=key_of(f"{name}.txt"),
+        file_name=readable(name),
+        path="",
+        size_bytes=0,
+        version="",
+        captions=(prompt,) if prompt else (),
+        has_video=False,
+    )

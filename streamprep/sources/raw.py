@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from streamprep.errors import UserError
-from streamprep.sources._files import Listing
+from streamprep.sources._files import Listing, SourceOptions, check_path, read_text, status_inside
 
 VIDEOS, PROMPTS = "videos.txt", "prompt.txt"
 
@@ -18,13 +18,13 @@ def matches(root: Path) -> bool:
     return (root / VIDEOS).is_file() and (root / PROMPTS).is_file()
 
 
-def read_samples(root: Path) -> Listing:
+def read_samples(root: Path, options: SourceOptions) -> Listing:
     """List the dataset's videos.
 
     Raises:
         UserError: if a list is missing, not UTF-8, or the two differ in length.
     """
-    paths, prompts = _lines(root / VIDEOS), _lines(root / PROMPTS)
+    paths, prompts = (_lines(root, name, options) for name in (VIDEOS, PROMPTS))
     _drop_blank_end(paths, 0)
     _drop_blank_end(prompts, len(paths))  # a prompt may be empty
     if len(paths) != len(prompts):
@@ -32,23 +32,21 @@ def read_samples(root: Path) -> Listing:
             f"{root}: {VIDEOS} has {len(paths)} lines and {PROMPTS} has {len(prompts)}; line n of one is for line n "
             "of the other"
         )
-    listing = Listing()
-    for path, prompt in zip(paths, prompts, strict=True):
+    listing = Listing(root, links_into=options.links_into)
+    for number, (path, prompt) in enumerate(zip(paths, prompts, strict=True), start=1):
+        where = f"{root / VIDEOS}, line {number}"
         if not path:
-            raise UserError(f"{root / VIDEOS} has an empty line")
+            raise UserError(f"{where}: {VIDEOS} has an empty line")
+        check_path(path, where=where, shown=path)
         inside = path if path.startswith("videos/") or not (root / "videos" / path).exists() else f"videos/{path}"
-        listing.add(root, inside, file_name=inside.removeprefix("videos/"), captions=(prompt,))
+        listing.add(inside, file_name=inside.removeprefix("videos/"), captions=(prompt,), where=where)
     return listing
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error}") from error
-    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+def _lines(root: Path, name: str, options: SourceOptions) -> list[str]:
+    if status_inside(root, name, links_into=options.links_into) is None:
+        raise UserError(f"{root / name} is missing")
+    return [line.strip() for line in read_text(root / name).removesuffix("\n").split("\n")]
 
 
 def _drop_blank_end(lines: list[str], needed: int) -> None:

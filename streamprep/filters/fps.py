@@ -1,0 +1,10 @@
+"""``fps:A..B``: keep videos whose frame rate, the mean as the file's header says, lies in the range."""
+
+from __future__ import annotations
+
+from streamprep.filters._arguments import RangeFilter
+
+
+def make_filter(argument: str) -> RangeFilter:
+    """A filter for one range."""
+    return RangeFilter(argument, lambda metadata: metadata["fps"], what="frame rate", unit=" fps")

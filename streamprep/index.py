@@ -1,0 +1,120 @@
+"""Tars of another program -> the index and manifest that `encode` reads; no tar is copied or changed.
+
+1. List the samples of all tars by the source ``webdataset``: strict headers, captions, keys.
+2. ``pack.json`` records that listing's digest and the options; going on with others is refused.
+3. Each tar is indexed by one process: every video is hashed and probed. With ``--to`` a link to the tar comes first.
+4. ``manifest.json`` comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamprep.config import IndexConfig
+from streamprep.errors import UserError
+from streamprep.manifest import MANIFEST, PACK, Manifest, ShardInfo
+from streamprep.pack import SKIPPED, describe, in_processes, open_and_probe, record_listing, shard_info
+from streamprep.progress import Progress
+from streamprep.shards import Member, ShardIndex, ShardSample, index_name
+from streamprep.sources import list_dataset
+from streamprep.sources._files import Listing, OpenVideo, SourceOptions
+from streamprep.storage import Store, open_store
+from streamprep.types import RawSample
+
+FORMAT = "streamprep-index/1"
+
+
+def index(config: IndexConfig) -> Manifest:
+    """Index a folder of tars, or finish what an earlier call began.
+
+    Raises:
+        UserError: before anything is written, if a tar is damaged or the folder holds something else.
+        OSError: if the machine fails; calling again goes on from there.
+    """
+    tars, store = open_store(config.shards), open_store(config.to or config.shards)
+    if store.root != tars.root and (store.root.is_relative_to(tars.root) or tars.root.is_relative_to(store.root)):
+        raise UserError(
+            f"--to {config.to}: one of the folders is inside the other; choose a folder apart from the tars"
+        )
+    options = SourceOptions(
+        caption_column=config.caption_column, prefix_keys=config.prefix_keys, skip_damaged=config.skip_damaged
+    )
+    listing = list_dataset(tars.root, "webdataset", options)
+    shards = _by_tar(listing)
+    _check_nothing_of_others(store, tars, shards)
+    record_listing(
+        store, {"format": FORMAT, "caption_column": config.caption_column, "prefix_keys": config.prefix_keys}, listing
+    )
+    finished = {name: info for name in shards if (info := _finished(store, name)) is not None}
+    progress = Progress(total=len(listing.samples), unit="videos", verb="indexing")
+    progress.message(describe(listing, num_shards=len(shards), num_done=len(finished)))
+    jobs = {
+        number: (listing.open_video, tars, store, name, samples)
+        for number, (name, samples) in enumerate(shards.items())
+        if name not in finished
+    }
+    with progress:
+        progress.already_done(sum(info.num_samples for info in finished.values()))
+        for _, info in in_processes(index_tar, jobs, config.num_workers):
+            finished[info.name] = info
+            progress.advance(info.num_samples)
+    manifest = Manifest(shards=tuple(finished[name] for name in sorted(finished)))
+    if not store.exists(MANIFEST) or store.read(MANIFEST) != manifest.to_json():
+        store.put(MANIFEST, manifest.to_json(), step="manifest")
+    store.remove_unpublished()
+    return manifest
+
+
+def index_tar(open_video: OpenVideo, tars: Store, store: Store, name: str, samples: Sequence[RawSample]) -> ShardInfo:
+    """Write the index of one tar.
+
+    Args:
+        open_video: The listing's.
+        tars: Where the tar is.
+        store: Where its index goes.
+        name: Of the tar.
+        samples: In the tar's order.
+    """
+    if store.root != tars.root:
+        store.link(name, tars.root / name, step="shard")
+    indexed = []
+    for sample in samples:
+        _, video, metadata = open_and_probe(open_video, sample)
+        assert video is not None and sample.position is not None
+        video.close()
+        member = Member(offset=sample.position, size=sample.size_bytes, sha256=metadata["sha256"])
+        indexed.append(ShardSample(key=sample.key, members={metadata["extension"]: member}, metadata=metadata))
+    made = ShardIndex(name=name, size_bytes=store.size_bytes(name), samples=tuple(indexed), foreign=True)
+    data = made.to_json()
+    store.put(index_name(name), data, step="shard_index")
+    return shard_info(made, data)
+
+
+def _by_tar(listing: Listing) -> dict[str, list[RawSample]]:
+    shards: dict[str, list[RawSample]] = {}
+    for sample in sorted(listing.samples, key=lambda sample: (sample.path, sample.position or 0)):
+        shards.setdefault(sample.path, []).append(sample)
+    return shards
+
+
+def _finished(store: Store, name: str) -> ShardInfo | None:
+    """The index is written last, so a tar that has one is done, unless the tar changed its size."""
+    try:
+        data = store.read(index_name(name))
+        found = ShardIndex.from_json(data)
+        return shard_info(found, data) if store.size_bytes(name) == found.size_bytes else None
+    except FileNotFoundError:
+        return None
+
+
+def _check_nothing_of_others(store: Store, tars: Store, shards: dict[str, list[RawSample]]) -> None:
+    """An index is never written over a file of the same name that is not ours, such as another program's JSON."""
+    if store.exists(PACK):
+        return
+    theirs = [] if store.root == tars.root else list(shards)
+    for name in (MANIFEST, SKIPPED, *map(index_name, shards), *theirs):
+        if store.exists(name):
+            raise UserError(
+                f"{store.url} has a file {name} but no {PACK}, so it is not of `streamprep index`: choose a new folder "
+                "by --to"
+            )
