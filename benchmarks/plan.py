@@ -127,6 +127,7 @@ def _metadata(number: int, draw: random.Random) -> dict[str, object]:
         "rotation": 0,
         "codec": "h264",
         "variable_frame_rate": number % 50 == 0,
+        "media_type": "video",
     }
 
 

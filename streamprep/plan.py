@@ -299,7 +299,7 @@ def plan_clips(sample: ShardSample, rules: SamplingRules) -> list[ClipPlan]:
     if "probe_error" in metadata:
         raise BadSample("probe_failed", metadata["probe_error"], stage="plan")
     _check_size(metadata, rules)
-    media_type = metadata.get("media_type", "video")
+    media_type = metadata["media_type"]
     is_video = media_type == "video"
     fps, num_frames = _declared_or_probed(metadata) if is_video else (metadata["fps"], 1)
     captions, unusable = _choose_captions(sample, rules)

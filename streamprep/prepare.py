@@ -206,6 +206,8 @@ def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manife
     """Everything that decides the output's bytes."""
     c = contract.to_json()
     rules = asdict(rules_of(config, contract))
+    if config.buckets is None:
+        del rules["buckets"]  # the one size says it
     captions = {name: rules.pop(name) for name in ("caption", "training_cfg_rate")}
     video = c["video"]
     if video is None:

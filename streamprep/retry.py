@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from streamprep import job
 from streamprep.commit import Committer
@@ -83,11 +82,7 @@ def retry(config: RetryConfig) -> Retried:
 
 def settings(plan: JobPlan, config: RetryConfig) -> EncodeConfig:
     """The job's own, but for what does not decide what is encoded."""
-    kept: dict[str, Any] = {
-        field.name: tuple(value) if isinstance(value, list) else value
-        for field in fields(EncodeConfig)
-        if (value := plan.config.get(field.name)) is not None
-    }
+    kept = {field.name: plan.config[field.name] for field in fields(EncodeConfig) if field.name in plan.config}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     anew = {name: value for name in _ANEW if (value := getattr(config, name)) is not None}
     return EncodeConfig(**kept | {"shards": plan.shards, "out": config.out, "serial": config.serial} | anew)

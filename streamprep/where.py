@@ -7,11 +7,12 @@ sample is chosen follows from that sample alone, so neither subqueries nor the c
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sqlite3
 import string
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from streamprep.errors import UserError
@@ -107,8 +108,10 @@ class Where:
         for name in self._quoted_names:
             self._add_missing(columns, name)
         while True:
+            nothing = ("", None)
+            values = ([row.get(folded, nothing)[1] for folded in columns] for row in rows)
             try:
-                return _select(columns.values(), [{f: value for f, (_, value) in row.items()} for row in rows], query)
+                return _select(columns.values(), values, query)
             except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
                 missing = _NO_SUCH_COLUMN.fullmatch(str(error))
                 if missing is None or not self._add_missing(columns, missing[1]):
@@ -122,17 +125,14 @@ class Where:
         return True
 
 
-def _select(columns: Collection[str], rows: Sequence[Mapping[str, Any]], query: str) -> set[str]:
+def _select(columns: Collection[str], rows: Iterable[Sequence[Any]], query: str) -> set[str]:
     connection = sqlite3.connect(":memory:")
     try:
         # Without a row number, which is no property of a sample.
         connection.execute(
             f"CREATE TABLE samples ({', '.join(map(_quoted, columns))}, PRIMARY KEY (key)) WITHOUT ROWID"
         )
-        connection.executemany(
-            f"INSERT INTO samples VALUES ({', '.join('?' * len(columns))})",
-            ([row.get(_folded(name)) for name in columns] for row in rows),
-        )
+        connection.executemany(f"INSERT INTO samples VALUES ({', '.join('?' * len(columns))})", rows)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         connection.set_authorizer(_Authorizer())
         return {key for key, *_ in connection.execute(query)}
@@ -176,9 +176,14 @@ def _row(sample: ShardSample) -> dict[str, tuple[str, Any]]:
     }
     row: dict[str, tuple[str, Any]] = {}
     for name, value in [*known.items(), *metadata["extra"].items()]:
-        if "\0" not in name and _as_unicode(name) == name:  # others SQLite cannot have
+        if _can_be_a_column(name):
             row.setdefault(_folded(name), (name, _sql_value(value)))
     return row
+
+
+@functools.lru_cache(maxsize=1024)
+def _can_be_a_column(name: str) -> bool:
+    return "\0" not in name and _as_unicode(name) == name
 
 
 def _sql_value(value: Any) -> Any:
@@ -199,6 +204,7 @@ def _as_unicode(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+@functools.lru_cache(maxsize=1024)
 def _folded(name: str) -> str:
     """SQLite's columns are the same in any case, of ASCII letters."""
     return name.translate(_LOWER)

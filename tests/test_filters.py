@@ -17,13 +17,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_job import make_bad, make_batch, make_committer, make_job
 from test_plan import make_index, make_rules, make_sample
 
 from streamprep import plugins
 from streamprep.cli import main, parse
 from streamprep.config import EncodeConfig
 from streamprep.decode import decode_clip
-from streamprep.errors import UserError
+from streamprep.errors import TooManyBadSamples, UserError
 from streamprep.filters import Filters, FrameFilter, SampleFilter, SurveyFilter
 from streamprep.manifest import load_manifest
 from streamprep.plan import Excluded, SamplingRules, explain, is_drop, plan_unit
@@ -738,6 +739,22 @@ def test_other_filters_on_the_same_output_are_refused_by_name(finished: FilterJo
     refused = finished.run(serial=True, filters=filters)
     assert refused.code == 2
     assert "  sampling.filters: ['duration:4..', " in refused.output
+
+
+def test_what_is_dropped_for_its_frames_was_attempted_and_is_not_bad(tmp_path: Path) -> None:
+    """21 bad samples of 25 stop a job, of 500 they do not; whoever resumes it counts the same."""
+    current = make_job(tmp_path, num_units=2)
+    first, second = current.plan.units
+    black = [Excluded(key=f"0/{n}", reason="filter:black", message="dark", stage="decode") for n in range(480)]
+    with make_committer(current) as committer:
+        committer.take(dataclasses.replace(make_batch(first, [], [make_bad("0/bad")]), dropped=black))
+        committer.check_any_rows()
+    with make_committer(current) as committer:
+        committer.take(make_batch(second, [], [make_bad(f"1/{n}") for n in range(20)]))
+        committer.check_any_rows()
+    with make_committer(make_job(tmp_path / "other")) as committer, pytest.raises(TooManyBadSamples, match="21 of 25"):
+        bad = [make_bad(f"0/{n}") for n in range(21)]
+        committer.take(dataclasses.replace(make_batch(first, [], bad), dropped=black[:4]))
 
 
 def test_a_job_of_which_every_clip_is_dropped_for_its_frames_ends_with_nothing(

@@ -171,12 +171,12 @@ def make_image_encoder(*, seed: int) -> CLIPVisionModel:
 
 def make_vae(*, seed: int) -> AutoencoderKLWan:
     """Draw the VAE of all but the 5B model: 16 latent channels, 4x8x8 compression."""
-    return _draw_vae(seed, base_dim=4, num_res_blocks=1, z_dim=16, dim_mult=[1, 2, 4, 4])
+    return draw_vae(seed, base_dim=4, num_res_blocks=1, z_dim=16, dim_mult=[1, 2, 4, 4])
 
 
 def make_vae_5b(*, seed: int) -> AutoencoderKLWan:
     """Draw the 5B model's VAE: 48 latent channels, 4x16x16 compression, its pixels taken in blocks of 2x2."""
-    return _draw_vae(
+    return draw_vae(
         seed,
         base_dim=4,
         decoder_base_dim=8,
@@ -193,7 +193,7 @@ def make_vae_5b(*, seed: int) -> AutoencoderKLWan:
     )
 
 
-def _draw_vae(seed: int, **config: Any) -> AutoencoderKLWan:
+def draw_vae(seed: int, **config: Any) -> AutoencoderKLWan:
     """Draw a VAE whose latents depend on the picture and have a standard deviation near 1.
 
     Both need more than PyTorch's own initial weights, which give latents of 0.2 of which a quarter comes from the

@@ -25,6 +25,7 @@ VIDEO_EXTENSIONS = frozenset(
     "3gp avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv".split()  # noqa: SIM905
 )
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp"))
+"""Of clips of one frame."""
 VIDEO_COLUMNS = ("video", "path", "file_name", "video_path", "media_path", "filepath", "filename", "file", "image")
 CAPTION_COLUMNS = ("cap", "caption", "captions", "text", "prompt")
 DECLARED_COLUMNS = ("fps", "num_frames", "duration", "resolution")

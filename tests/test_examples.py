@@ -1,0 +1,140 @@
+"""The examples are what people copy: each is run here as it is, on a tiny model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from streamprep import cli
+from streamprep.config import EncodeConfig
+from tools.make_clips import make_clips
+
+EXAMPLES = {"wan_t2v.sh": "2.1-t2v", "wan_i2v.sh": "2.1-i2v"}
+"""Of each example, the tiny model that stands for its own."""
+SMALL = ("--max-height", "64", "--max-width", "96", "--num-frames", "17", "--encode-threads", "1")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips, long enough for 77 frames at 16 fps."""
+    out = tmp_path_factory.mktemp("examples") / "my dataset"  # a path with a space in it
+    make_clips(out, num_clips=2, seconds=5)
+    return out
+
+
+@pytest.fixture
+def run_example(repo_root: Path, tmp_path: Path) -> Run:
+    """``run_example(name, *flags, DATASET=...)`` in an empty folder, with only these variables."""
+
+    def run(name: str, *flags: str, **variables: object) -> subprocess.CompletedProcess[str]:
+        bin_folder = str(Path(sys.executable).parent)
+        kept = {
+            key: value for key, value in os.environ.items() if key not in ("DATASET", "MODEL_PATH", "SHARDS", "OUT")
+        }
+        return subprocess.run(
+            [str(repo_root / "examples" / name), *flags],
+            cwd=tmp_path,
+            env=kept
+            | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(repo_root)}
+            | {key: str(value) for key, value in variables.items()},
+            capture_output=True,
+            text=True,
+            timeout=540,
+        )
+
+    return run
+
+
+def test_every_example_can_be_executed_is_in_the_readme_and_is_run_here(repo_root: Path) -> None:
+    readme = (repo_root / "README.md").read_text()
+    paths = sorted((repo_root / "examples").iterdir())
+    assert {path.name for path in paths} == set(EXAMPLES)
+    for path in paths:
+        assert os.access(path, os.X_OK), path
+        assert f"`examples/{path.name}`" in readme, path
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_goes_from_videos_to_rows(
+    name: str, run_example: Run, tiny_models: Callable[[str], Path], dataset: Path, tmp_path: Path
+) -> None:
+    model = tiny_models(EXAMPLES[name])
+    done = run_example(name, *SMALL, DATASET=dataset, MODEL_PATH=model, SHARDS="my shards", OUT="my latents")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith(": my latents/combined_parquet_dataset")
+    assert (tmp_path / "my shards" / "manifest.json").exists()
+    table = pq.read_table(tmp_path / "my latents" / "combined_parquet_dataset")
+    assert table.num_rows == 2
+    assert table["vae_latent_shape"].to_pylist() == [[16, 5, 8, 12]] * 2
+    if name == "wan_i2v.sh":
+        assert table["first_frame_latent_shape"].to_pylist() == [[16, 5, 8, 12]] * 2
+        assert table["clip_feature_shape"].to_pylist() == [[257, 64]] * 2
+
+
+def test_the_same_command_again_finds_everything_done(
+    run_example: Run, tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    first, second = (run_example("wan_t2v.sh", *SMALL, DATASET=dataset, MODEL_PATH=tiny_model) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "1 shard, 1 done" in second.stdout + second.stderr
+    assert (tmp_path / "data/wan_t2v/latents/combined_parquet_dataset").is_dir()  # the defaults of SHARDS and OUT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_runs_at_its_own_geometry(
+    name: str, run_example: Run, tiny_models: Callable[[str], Path], dataset: Path, tmp_path: Path
+) -> None:
+    one = shutil.copytree(dataset, tmp_path / "one")
+    done = run_example(name, "--max-samples", "1", DATASET=one, MODEL_PATH=tiny_models(EXAMPLES[name]))
+    assert done.returncode == 0, done.stderr
+    (out,) = tmp_path.glob("data/*/latents/combined_parquet_dataset")
+    assert pq.read_table(out)["vae_latent_shape"].to_pylist() == [[16, 20, 60, 104]]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "workload"),
+    [
+        ("wan_t2v.sh", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "t2v"),
+        ("wan_i2v.sh", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v"),
+    ],
+)
+def test_without_anything_else_said_it_is_the_real_model_at_fastvideos_geometry(
+    name: str, model: str, workload: str, repo_root: Path
+) -> None:
+    script = (repo_root / "examples" / name).read_text()
+    assert re.findall(r'^: "\$\{MODEL_PATH:=(.*)\}"$', script, flags=re.MULTILINE) == [model]
+    (command,) = re.findall(r"^streamprep encode (.*)$", script.replace("\\\n", " "), flags=re.MULTILINE)
+    config = cli.parse("encode", [word for word in shlex.split(command) if word != "$@"])
+    assert isinstance(config, EncodeConfig)
+    assert (config.workload_type, config.model_path) == (workload, "$MODEL_PATH")
+    assert (config.num_frames, config.max_height, config.max_width, config.train_fps) == (77, 480, 832, 16)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("variables", [{}, {"DATASET": "nowhere"}])
+def test_without_a_dataset_it_says_so_before_any_work(
+    name: str, variables: dict[str, str], run_example: Run, tmp_path: Path
+) -> None:
+    refused = run_example(name, **variables)
+    assert refused.returncode == 2
+    assert f"DATASET must be a folder with videos and captions, got '{variables.get('DATASET', '')}'" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_fails_is_not_called_good(run_example: Run, tiny_model: Path, dataset: Path) -> None:
+    failed = run_example("wan_t2v.sh", "--num-frames", "16", DATASET=dataset, MODEL_PATH=tiny_model)
+    assert failed.returncode == 2
+    assert "breaks the 4k+1 rule" in failed.stderr
+    assert "FastVideo's trainers" not in failed.stdout
