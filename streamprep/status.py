@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from streamprep import job
 from streamprep.finalize import Totals, is_finalized, totals
@@ -68,12 +68,19 @@ def exit_code(current: Job) -> int:
 
 
 def _reasons(current: Job, result: Totals) -> Iterator[str]:
-    for reason, number in result.dropped.items():
-        yield f"dropped  {number} {reason}"
+    dropped = ((item.reason, item.key, item.message) for record in current.records() for item in record.dropped)
+    bad = ((clip.reason, clip.key, clip.exception) for clip in current.bad_clips().values()) if result.bad else ()
+    for word, counts, items in (("dropped", result.dropped, dropped), ("bad", result.bad, bad)):
+        examples = _examples(items)
+        for reason, number in counts.items():
+            yield f"{word:8} {number} {reason}: {'; '.join(examples.get(reason, []))}"
+
+
+def _examples(items: Iterable[tuple[str, str, str]]) -> dict[str, list[str]]:
+    """The first few of each reason, from (reason, key, message)."""
     examples: dict[str, list[str]] = {}
-    for clip in current.bad_clips().values() if result.bad else ():
-        shown = examples.setdefault(clip.reason, [])
+    for reason, key, message in items:
+        shown = examples.setdefault(reason, [])
         if len(shown) < _EXAMPLES:
-            shown.append(f"{clip.key} ({clip.exception})")
-    for reason, number in result.bad.items():
-        yield f"bad      {number} {reason}: {'; '.join(examples.get(reason, []))}"
+            shown.append(f"{key} ({message})")
+    return examples

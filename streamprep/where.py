@@ -24,6 +24,7 @@ COLUMNS = (
     "caption",
     "num_captions",
     "extension",
+    "media_type",
     "size_bytes",
     "num_frames",
     "fps",

@@ -352,7 +352,7 @@ def test_status_of_a_finished_job(undisturbed: Undisturbed, shards: Path, capsys
     assert lines["units"] == "units    4 of 4 done"
     assert lines["samples"] == "samples  9 of 9 done"
     assert lines["output"].startswith("output   8 rows, 5 files, ")
-    assert lines["dropped"] == "dropped  1 too_short"
+    assert lines["dropped"] == "dropped  1 too_short: a5 (4 frames at 1 fps, 5 are wanted (4 frames at 1 fps))"
     assert lines["state"] == "state    done"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import av
 import numpy as np
 import pytest
 
@@ -238,6 +239,31 @@ def test_a_clip_with_several_captions_is_encoded_once_for_all_its_rows(
     assert encoded.retry(serial=True).code == 0
     assert set(rows_of(encoded)) == {"a.mp4", "a.mp4@02", "b.mp4", "b.mp4@02"}
     assert totals(encoded.job).bad == {}
+    assert encoded.problems() == []
+
+
+def write_black_video(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(5):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_a_filter_may_leave_out_what_was_bad(
+    make_shards: Callable[..., Path], good_video: Any, new_job: Callable[..., EncodeJob]
+) -> None:
+    shards = Damaged(make_shards({"a.mp4": good_video, "b.mp4": write_black_video, "c.mp4": good_video}), {"a", "b"})
+    encoded = new_job(shards.shards)
+    assert encoded.run(serial=True, filters="black").code == 0
+    shards.repair()
+    retried = encoded.retry(serial=True)
+    assert retried.code == 0, retried.output
+    assert "r1: 2 samples again (2 digest_mismatch): 1 encoded, 1 dropped\n" in retried.output
+    after = totals(encoded.job)
+    assert (after.num_rows, after.bad, after.dropped) == (2, {}, {"filter:black": 1})
     assert encoded.problems() == []
 
 
