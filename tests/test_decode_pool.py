@@ -145,11 +145,18 @@ def is_alive(pid: int) -> bool:
 
 
 def tasks_until_all_are_busy(pool: DecodePool, made: list[DecodeTask]) -> Iterator[DecodeTask]:
-    """Slow tasks until each child has been seen with one, which a child must be ready for."""
-    while len(pool.working_on()) < 2:
+    """Slow tasks until each child has been seen with one, which a child must be ready for.
+
+    A few a second: children take seconds to start, and whatever is made meanwhile has to be decoded.
+    """
+    while True:
         made.append(slow_task(str(len(made))))
         yield made[-1]
-        time.sleep(0.01)
+        end = time.monotonic() + (0.5 if len(made) > 1 else 0.0)
+        while time.monotonic() < end:
+            if len(pool.working_on()) == 2:
+                return
+            time.sleep(0.005)
 
 
 # Results
