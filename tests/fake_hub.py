@@ -22,15 +22,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serve(repositories: dict[str, Path], log: list[str] | None = None) -> Iterator[str]:
-    """Serve datasets, ``{"org/name": folder}``, and give the address.
+    """Serve repositories and give the address.
 
     Args:
-        repositories: The datasets.
+        repositories: ``{"org/name": folder}``; each is a dataset and a model, as it is asked for.
         log: Gets a line for each request, and the answer's status.
     """
 
     class Handler(_Handler):
-        datasets = repositories
+        served = repositories
         requests = log if log is not None else []
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -39,8 +39,14 @@ def serve(repositories: dict[str, Path], log: list[str] | None = None) -> Iterat
         server.shutdown()
 
 
+def downloaded(log: list[str]) -> set[str]:
+    """The files whose content was sent, by the lines of a log."""
+    sent = (re.match(r"GET /\S+?/resolve/[^/]+/(\S+) .*20[06]$", line) for line in log)
+    return {match[1] for match in sent if match}
+
+
 class _Handler(BaseHTTPRequestHandler):
-    datasets: dict[str, Path]
+    served: dict[str, Path]
     requests: list[str]
     protocol_version = "HTTP/1.1"
 
@@ -59,8 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes = b"") -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
-        found = re.fullmatch(r"/(?P<api>api/)?datasets/(?P<id>[^/]+/[^/]+?)(/(?P<rest>.*))?", path)
-        root = self.datasets.get(found["id"]) if found else None
+        # Of a model, only the API's paths say that it is one.
+        found = re.fullmatch(r"/((?P<api>api/)(models|datasets)/|datasets/)?(?P<id>[^/]+/[^/]+?)(/(?P<rest>.*))?", path)
+        root = self.served.get(found["id"]) if found else None
         if found is None or root is None:
             self._send(HTTPStatus.NOT_FOUND, b'{"error":"Repository not found"}', {"X-Error-Code": "RepoNotFound"})
             return

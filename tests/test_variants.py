@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_model_hub import COMMIT, fake_hub
+from fake_hub import COMMIT, downloaded, serve
 from making import make_options
 
 from streamprep import cli
@@ -216,18 +216,19 @@ def test_only_what_is_needed_is_fetched_from_the_hub(
     variant: str, workload: str, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with fake_hub("someone/tiny", tiny_models(variant)) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        url = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    log: list[str] = []
+    with serve({"someone/tiny": tiny_models(variant)}, log) as endpoint:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
         encoder = open_wan("someone/tiny", workload)
     assert (encoder.contract.model, encoder.contract.revision) == ("someone/tiny", COMMIT)
-    assert {Path(name).parent.name for name in hub.downloaded if name.endswith(".safetensors")} == WEIGHTS[
+    assert {Path(name).parent.name for name in downloaded(log) if name.endswith(".safetensors")} == WEIGHTS[
         variant, workload
     ]
     folders = WEIGHTS[variant, workload] | {"tokenizer"}
     folders |= {"image_processor"} if "image_encoder" in folders else set()
-    others = {name for name in hub.downloaded if Path(name).parent.name not in folders}
+    others = {name for name in downloaded(log) if Path(name).parent.name not in folders}
     assert all(name.endswith(("config.json", "model_index.json")) for name in others)
     assert encoder.contract.to_json() == open_wan(tiny_models(variant), workload).contract.to_json() | {
         "model": "someone/tiny",
