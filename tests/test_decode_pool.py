@@ -147,12 +147,13 @@ def is_alive(pid: int) -> bool:
 def tasks_until_all_are_busy(pool: DecodePool, made: list[DecodeTask]) -> Iterator[DecodeTask]:
     """Slow tasks until each child has been seen with one, which a child must be ready for.
 
-    A few a second: children take seconds to start, and whatever is made meanwhile has to be decoded.
+    One for each, twice a second: children take seconds to start, and whatever is made meanwhile has to be decoded.
     """
     while True:
-        made.append(slow_task(str(len(made))))
-        yield made[-1]
-        end = time.monotonic() + (0.5 if len(made) > 1 else 0.0)
+        for _ in range(2):
+            made.append(slow_task(str(len(made))))
+            yield made[-1]
+        end = time.monotonic() + 0.5
         while time.monotonic() < end:
             if len(pool.working_on()) == 2:
                 return
