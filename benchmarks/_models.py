@@ -52,7 +52,7 @@ def load(model: Path, **changes: Any) -> Any:
         "clean_captions": True,
         "text_batch_size": 8,
         "offload_text_encoder": False,
-        "full_digest": False,
+        "digest": "ends",
     }
     options |= changes
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = options["allow_tf32"]

@@ -37,7 +37,7 @@ from _rounding import Stored, Tf32, encode_within
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from streamprep.decode import center_crop_box, crop_and_resize
+from streamprep.crop import center_crop_box, crop_and_resize
 from streamprep.types import ClipBatch
 
 TENSORS = ("vae_latent", "first_frame_latent", "clip_feature", "text_embedding")

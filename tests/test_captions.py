@@ -166,7 +166,8 @@ def test_a_clip_is_encoded_once_however_many_captions_it_has(
     size = ["--max-height=32", "--max-width=48", "--num-frames=5", "--train-fps=1", "--encode-threads=1"]
     command = ["encode", str(captioned), str(tmp_path), "--model-path", str(tiny_model), *size, "--serial"]
     assert cli.main([*command, "--caption=all"]) == 0
-    assert {key: number for key, number in encoded.items() if key in "abcde"} == {"a": 1, "b": 1, "c": 1, "e": 1}
+    # The place of "c", whose video is bad, is filled; the two others are the self-check's.
+    assert {key: number for key, number in encoded.items() if len(key) == 1} == {"a": 1, "b": 1, "e": 1}
     assert cli.main([*command, "--caption=first"]) == 2
 
 
