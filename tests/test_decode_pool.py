@@ -147,13 +147,14 @@ def is_alive(pid: int) -> bool:
 def tasks_until_all_are_busy(pool: DecodePool, made: list[DecodeTask]) -> Iterator[DecodeTask]:
     """Slow tasks until each child has been seen with one, which a child must be ready for.
 
-    One for each, twice a second: children take seconds to start, and whatever is made meanwhile has to be decoded.
+    One for each at a time, and so slow that they are busy for seconds: where two children take both cores, this
+    process may not run for as long as a shorter clip takes. Children need seconds to start, so patience comes first.
     """
     while True:
         for _ in range(2):
-            made.append(slow_task(str(len(made))))
+            made.append(slow_task(str(len(made)), num_frames=600))
             yield made[-1]
-        end = time.monotonic() + 0.5
+        end = time.monotonic() + 10
         while time.monotonic() < end:
             if len(pool.working_on()) == 2:
                 return
