@@ -35,17 +35,26 @@ class Verb:
     run: str
     """``module:function`` that takes the config and returns the exit code."""
     summary: str
+    resumable: bool = True
+    """Whether it goes on where it was stopped."""
 
 
 VERBS = {
     "pack": Verb(configs.PackConfig, "streamprep.verbs:pack", "raw videos and captions -> tar shards"),
-    "plan": Verb(configs.PlanConfig, "streamprep.verbs:plan", "what encode would do: sizes, drops with reasons"),
+    "plan": Verb(
+        configs.PlanConfig, "streamprep.verbs:plan", "what encode would do: sizes, drops with reasons", resumable=False
+    ),
     "index": Verb(configs.IndexConfig, "streamprep.verbs:index", "tar shards of other programs -> shards to encode"),
     "encode": Verb(configs.EncodeConfig, "streamprep.verbs:encode", "shards -> latents and embeddings"),
     "run": Verb(configs.RunConfig, "streamprep.verbs:run", "pack + encode"),
     "retry": Verb(configs.RetryConfig, "streamprep.verbs:retry", "encode again what was bad"),
-    "status": Verb(configs.StatusConfig, "streamprep.verbs:status", "how far a job is"),
-    "verify": Verb(configs.VerifyConfig, "streamprep.verbs:verify", "check an output, or shards, against its records"),
+    "status": Verb(configs.StatusConfig, "streamprep.verbs:status", "how far a job is", resumable=False),
+    "verify": Verb(
+        configs.VerifyConfig,
+        "streamprep.verbs:verify",
+        "check an output, or shards, against its records",
+        resumable=False,
+    ),
     "finalize": Verb(configs.FinalizeConfig, "streamprep.verbs:finalize", "finish a job by hand"),
 }
 
@@ -68,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
     try:
         config = parse(arguments[0], arguments[1:])
-        with _signals_raise_stopped():
+        with _signals_raise_stopped(then="the same command goes on from here" if verb.resumable else "nothing is kept"):
             module, _, function = verb.run.partition(":")
             return int(getattr(importlib.import_module(module), function)(config))
     except UserError as error:
@@ -100,7 +109,7 @@ def parse(verb: str, arguments: Sequence[str]) -> object:
 
 
 @contextmanager
-def _signals_raise_stopped() -> Iterator[None]:
+def _signals_raise_stopped(*, then: str) -> Iterator[None]:
     """SIGTERM and Ctrl-C leave a command between any two steps, tidily; a second one does not wait for that."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -109,7 +118,7 @@ def _signals_raise_stopped() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
-        raise Stopped(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+        raise Stopped(f"stopped by {signal.Signals(number).name}; {then}")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

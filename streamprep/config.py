@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -205,10 +205,18 @@ class EncodeSettings:
         _at_least(0, dataloader_num_workers=self.dataloader_num_workers, encode_threads=self.encode_threads)
         _at_least(0, max_bad_fraction=self.max_bad_fraction, training_cfg_rate=self.training_cfg_rate)
         _at_most(1, max_bad_fraction=self.max_bad_fraction, training_cfg_rate=self.training_cfg_rate)
+        for name in ("model_path", "where"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise UserError(f"--{name.replace('_', '-')} is empty: an unset variable?")
+        if not _is_text(self.negative_prompt):
+            raise UserError("--negative-prompt is not UTF-8")
         if self.text_dtype not in TEXT_DTYPES:
             why = "UMT5 overflows in float16; " if self.text_dtype == "float16" else ""
             raise UserError(f"--text-dtype {self.text_dtype}: {why}use {', '.join(TEXT_DTYPES)}")
+        _at_most(1000, train_fps=self.train_fps)
         _above_zero(train_fps=self.train_fps, speed_factor=self.speed_factor, decode_timeout=self.decode_timeout)
+        _at_least(0.1, decode_timeout=self.decode_timeout)
         if self.video_length_tolerance_range is not None:
             _above_zero(video_length_tolerance_range=self.video_length_tolerance_range)
         if self.max_upscale is not None:
@@ -370,6 +378,14 @@ class FinalizeConfig:
     """Output of `streamprep encode`."""
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _at_least(limit: float, **fields: float) -> None:
     for name, value in fields.items():
         if not value >= limit:  # NaN is not
@@ -402,7 +418,7 @@ def with_file_defaults(config: type, arguments: Sequence[str]) -> list[str]:
     for argument in given:
         if argument == "--config":
             path = next(given, None)
-            if path is None:
+            if path is None or path.startswith("--"):
                 raise UserError("--config needs a file")
         elif argument.startswith("--config="):
             path = argument.removeprefix("--config=")
@@ -422,24 +438,34 @@ def _read_flags(config: type, path: Path) -> tuple[list[str], dict[str, list[str
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the settings of {path}: {error}") from error
     positional: tuple[str, ...] = config.POSITIONAL  # type: ignore[attr-defined]
-    names = {field.name for field in fields(config)} - {*positional}
+    kinds = {field.name: _kind_of(field) for field in fields(config) if field.name not in positional}
     flags: list[str] = []
     lists: dict[str, list[str]] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name in positional:
             raise UserError(f"{path}: {key} is given on the command line, not in the file")
-        if name not in names:
-            raise UserError(f"{path}: no setting is called {key!r}; one of {', '.join(sorted(names))}")
+        if name not in kinds:
+            raise UserError(f"{path}: no setting is called {key!r}; one of {', '.join(sorted(kinds))}")
         flag = name.replace("_", "-")
         if name in _LISTS:
             if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
                 raise UserError(f"{path}: {key} must be a list of strings, got {value!r}")
             lists[f"--{flag}"] = value
+        elif type(value) not in _TOML_TYPES[kinds[name]]:
+            raise UserError(f"{path}: {key} must be {_TOML_WORDS[kinds[name]]}, got {value!r}")
         elif isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, (str, int, float)):
-            flags.append(f"--{flag}={value}")
         else:
-            raise UserError(f"{path}: {key} must be a string, a number or a boolean, got {value!r}")
+            flags.append(f"--{flag}={value}")
     return flags, lists
+
+
+_TOML_TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
+_TOML_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a string"}
+
+
+def _kind_of(setting: Field[object]) -> str:
+    """What a setting is, by its annotation, which is text: ``bool``, ``int``, ``float``, or else ``str``."""
+    named = str(setting.type).removeprefix("Annotated[")
+    return next((kind for kind in ("bool", "int", "float") if named.startswith(kind)), "str")

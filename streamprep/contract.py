@@ -137,8 +137,14 @@ class LatentContract:
         shapes = self.tensor_shapes(num_frames=num_frames, height=height, width=width)
         return sum(_FLOAT32_BYTES * math.prod(shape) for shape in shapes.values())
 
-    def check_geometry(self, *, height: int, width: int, num_frames: int) -> None:
+    def check_geometry(self, *, height: int, width: int, num_frames: int, bucket: str | None = None) -> None:
         """Refuse a size the model cannot encode without cutting something off.
+
+        Args:
+            height: Pixels.
+            width: Pixels.
+            num_frames: Of a clip.
+            bucket: Where the size was given, if not by the flags of these names.
 
         Raises:
             UserError: with the nearest sizes that work.
@@ -149,16 +155,21 @@ class LatentContract:
         if (num_frames - 1) % video.temporal_factor:
             below = num_frames - (num_frames - 1) % video.temporal_factor
             raise UserError(
-                f"--num-frames {num_frames} breaks the {video.frame_rule} rule of {self.family}, whose VAE would "
-                f"ignore the last {num_frames - below}: use {below} or {below + video.temporal_factor}"
+                f"{_flag('num_frames', bucket)} {num_frames} breaks the {video.frame_rule} rule of {self.family}, "
+                f"whose VAE would ignore the last {num_frames - below}: use {below} or {below + video.temporal_factor}"
             )
-        for flag, value in (("--max-height", height), ("--max-width", width)):
+        for flag, value in ((_flag("max_height", bucket), height), (_flag("max_width", bucket), width)):
             if value % video.spatial_multiple:
                 below = value - value % video.spatial_multiple
                 nearest = " or ".join(str(n) for n in (below, below + video.spatial_multiple) if n)
                 raise UserError(
                     f"{flag} {value} is no multiple of {self.family}'s {video.spatial_multiple}: use {nearest}"
                 )
+
+
+def _flag(name: str, bucket: str | None) -> str:
+    words = name.removeprefix("max_").replace("_", " ")
+    return f"--{name.replace('_', '-')}" if bucket is None else f"--buckets {bucket}: {words}"
 
 
 def describe(contract: Mapping[str, Any]) -> Iterator[str]:

@@ -100,6 +100,8 @@ def encode(config: EncodeConfig) -> Totals:
         LatentMismatch: if what is encoded contradicts itself.
     """
     shards, out = open_store(config.shards), open_store(config.out)
+    if shards.root == out.root:
+        raise UserError(f"{config.out} is the folder of the shards: encode into another one")
     config = settle(config, out)
     load_exporter(config)
     rules_of(config, describe_model(config))  # sizes that don't fit are refused before weights are downloaded

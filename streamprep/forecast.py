@@ -133,6 +133,8 @@ def write_table(result: Forecast, path: str) -> None:
     """
     import pyarrow.parquet as pq
 
+    if not path.endswith(".parquet"):
+        raise UserError(f"--out {path}: it is a Parquet file: call it *.parquet")
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f"--out {path}: there is no such folder")
     try:

@@ -259,7 +259,7 @@ def open_job(store: Store) -> Job:
     """
     try:
         return Job(store, JobPlan.from_json(store.read(PLAN)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{store.url} is not the output of `streamprep encode`: it has no {PLAN}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{store.url}/{PLAN} cannot be read: {error}") from error

@@ -56,6 +56,8 @@ def pack(config: PackConfig) -> Manifest:
         OSError: if the machine fails; calling again goes on from there.
     """
     store = open_store(config.shards)
+    if "://" not in config.dataset and open_store(config.dataset).root == store.root:
+        raise UserError(f"{config.shards} is the dataset itself: pack into another folder")
     options = SourceOptions(video_column=config.video_column, caption_column=config.caption_column, split=config.split)
     listing = list_dataset(config.dataset, config.dataset_type, options)
     if listing.in_order and config.shuffle is not None:

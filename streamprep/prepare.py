@@ -190,7 +190,12 @@ def rules_of(config: EncodeSettings, contract: LatentContract) -> SamplingRules:
             multiple=video.spatial_multiple,
         )
         for bucket in given["buckets"]:
-            contract.check_geometry(height=bucket.height, width=bucket.width, num_frames=bucket.num_frames)
+            contract.check_geometry(
+                height=bucket.height,
+                width=bucket.width,
+                num_frames=bucket.num_frames,
+                bucket=str(bucket) if config.buckets else None,
+            )
     else:
         given["buckets"] = ()
     rules = SamplingRules(**given)

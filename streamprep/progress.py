@@ -76,8 +76,9 @@ class Progress:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 shard``, ``2 shards``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", " ")
+    """``1 shard``, ``2 shards``, ``2 processes``."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}".replace(",", " ")
 
 
 def by_reason(reasons: Mapping[str, int]) -> str:

@@ -95,7 +95,8 @@ def window_starts(length: int, count: int, *, window: str, num_windows: int, str
     if window == "random":
         return [int(draw * (last + 1))]
     if window == "uniform":
-        places = np.linspace(0, last, num_windows) if num_windows > 1 else np.array([last // 2])
+        num_places = min(num_windows, last + 1)
+        places = np.linspace(0, last, num_places) if num_windows > 1 else np.array([last // 2])
         return sorted({int(place) for place in np.round(places)})
     if window == "every":
         return range(0, last + 1, stride)

@@ -70,6 +70,8 @@ class Where:
         self._missing: dict[str, str] = {}
         # SQLite takes a quoted name that is no column for a string, and would compare with that.
         self._quoted_names = [name.replace('""', '"') for name in _QUOTED_NAME.findall(expression) if name]
+        if not _is_balanced(expression):
+            raise UserError(f"--where {expression!r}: its parentheses do not match")
         # What is an expression as a condition and as a value is one expression: no `1) LIMIT (1`.
         self._evaluate([], f"SELECT key, ({expression}\n) IS TRUE FROM samples")
         self.keys_of([])
@@ -155,6 +157,15 @@ class _Authorizer:
         if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FORBIDDEN_FUNCTIONS:
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
+
+
+def _is_balanced(expression: str) -> bool:
+    depth = 0
+    for character in _QUOTED_NAME.sub("", expression):
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _explained(error: Exception) -> str:

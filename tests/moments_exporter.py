@@ -16,10 +16,22 @@ from streamprep.types import EncodedSample, TensorLocation, WrittenFile, Written
 FOLDER = "moments"
 WORKLOADS = ("t2v", "i2v")
 POSTERIORS = ("mean", "moments")
+DTYPES = ("float32",)
+
+
+def column_problem(name: str, *, workload: str) -> str | None:
+    """It keeps no further columns."""
+    return "cannot be kept"
 
 
 def open_shard(
-    store: Store, name: str, *, workload: str, samples_per_file: int, contract: Mapping[str, Any]
+    store: Store,
+    name: str,
+    *,
+    workload: str,
+    samples_per_file: int,
+    contract: Mapping[str, Any],
+    columns: Mapping[str, str],
 ) -> MomentsWriter:
     """A writer of one unit."""
     return MomentsWriter(store, name)

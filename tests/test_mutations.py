@@ -36,7 +36,10 @@ NORMALISED = """(
             / torch.tensor(self._vae.config.latents_std).view(1, -1, 1, 1, 1)
         )"""
 WAN, CLIP, UMT5 = (f"streamprep/encoders/{name}.py" for name in ("wan", "_clip_vision", "_umt5"))
-DECODE, PLAN, EXPORTER = "streamprep/decode.py", "streamprep/plan.py", "exporters/fastvideo.py"
+SAMPLING, CROP, TORCHCODEC, PLAN = (
+    f"streamprep/{name}.py" for name in ("sampling", "crop", "decode_torchcodec", "plan")
+)
+EXPORTER = "exporters/fastvideo.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,78 +59,78 @@ MISTAKES = [
     # Which frames
     Mistake(
         name="every frame is the one after",
-        file=PLAN,
-        before="chosen = np.arange(0, num_frames",
-        after="chosen = np.arange(1, num_frames",
+        file=SAMPLING,
+        before="return np.arange(0, num_frames",
+        after="return np.arange(1, num_frames",
         found=PICTURE,
     ),
     Mistake(
         name="frame numbers are rounded to the nearest",
-        file=PLAN,
-        before="fps / train_fps).astype(int)[:limit]",
-        after="fps / train_fps).round().astype(int)[:limit]",
+        file=SAMPLING,
+        before="return np.arange(0, num_frames, fps / train_fps)",
+        after="return np.arange(0, num_frames, fps / train_fps).round()",
         found={"vae_latent"},  # the first frame is the same
     ),
     Mistake(
         name="the source's frames are taken as they come",
-        file=PLAN,
-        before="chosen = np.arange(0, num_frames, fps / train_fps)",
-        after="chosen = np.arange(0, num_frames)",
+        file=SAMPLING,
+        before="return np.arange(0, num_frames, fps / train_fps)",
+        after="return np.arange(0, num_frames)",
         found={"vae_latent"},
     ),
     # Which pixels
     Mistake(
         name="not cropped but squeezed",
-        file=DECODE,
+        file=CROP,
         before="cropped = frames_TCHW[..., top : top + crop_height, left : left + crop_width]",
         after="cropped = frames_TCHW",
         found=PICTURE,
     ),
     Mistake(
         name="cropped at the top left",
-        file=DECODE,
+        file=CROP,
         before="    return top, left, crop_height, crop_width",
         after="    return 0, 0, crop_height, crop_width",
         found=PICTURE,
     ),
     Mistake(
         name="the crop's size is rounded up",
-        file=DECODE,
+        file=CROP,
         before="max(1, int(source_width * ratio)), source_width",
         after="max(1, round(source_width * ratio)), source_width",
         found=PICTURE,
     ),
     Mistake(
         name="align_corners off",
-        file=DECODE,
+        file=CROP,
         before="align_corners=True, antialias=True)",
         after="align_corners=False, antialias=True)",
         found=PICTURE,
     ),
     Mistake(
         name="antialias off",
-        file=DECODE,
+        file=CROP,
         before="align_corners=True, antialias=True)",
         after="align_corners=True, antialias=False)",
         found=PICTURE,
     ),
     Mistake(
         name="bicubic",
-        file=DECODE,
+        file=CROP,
         before='mode="bilinear"',
         after='mode="bicubic"',
         found=PICTURE,
     ),
     Mistake(
         name="resized in float",
-        file=DECODE,
+        file=CROP,
         before="cropped = frames_TCHW[..., top : top + crop_height, left : left + crop_width]",
         after="cropped = frames_TCHW[..., top : top + crop_height, left : left + crop_width].float()",
         found=PICTURE,
     ),
     Mistake(
         name="BGR",
-        file=DECODE,
+        file=TORCHCODEC,
         before="yield batch.data",
         after="yield batch.data.flip(-1)",
         found=PICTURE,
@@ -358,8 +361,8 @@ MISTAKES = [
     Mistake(
         name="the caption column holds what the tokenizer should see",
         file=PLAN,
-        before="        caption=caption,\n",
-        after='        caption=" ".join(caption.split()),\n',
+        before="caption=caption, prompt=prompt",
+        after='caption=" ".join(caption.split()), prompt=prompt',
         found={"caption"},
     ),
     Mistake(

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from streamprep.cli import main
-from streamprep.errors import Stopped
+from streamprep.config import EncodeConfig
+from streamprep.errors import Stopped, UserError
+from streamprep.progress import count
+from streamprep.sampling import window_starts
+from streamprep.where import Where
 
 
 @pytest.mark.parametrize("name", ["000000.tar", "000000.json", "manifest.json", "skipped.jsonl"])
@@ -42,3 +46,82 @@ def test_records_without_a_plan_are_not_taken_for_this_jobs(
 
 def test_a_stop_passes_through_libraries_that_swallow_exceptions() -> None:
     assert not issubclass(Stopped, Exception)
+
+
+def test_neither_shards_nor_latents_go_into_the_folder_they_are_made_from(
+    make_video: Callable[..., Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed into itself, a dataset could not be packed again; encoded into themselves, shards not be verified."""
+    dataset, shards = tmp_path / "dataset", tmp_path / "shards"
+    make_video(dataset / "a.mp4")
+    before = sorted(dataset.iterdir())
+    assert main(["pack", str(dataset), f"{dataset}/"]) == 2
+    assert "is the dataset itself" in capsys.readouterr().err
+    assert sorted(dataset.iterdir()) == before
+    assert main(["pack", str(dataset), str(shards)]) == 0
+    before = sorted(shards.iterdir())
+    assert main(["encode", str(shards), str(shards), "--model-path", str(tiny_model)]) == 2
+    assert "is the folder of the shards" in capsys.readouterr().err
+    assert sorted(shards.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_path": " "}, "--model-path is empty"),
+        ({"where": ""}, "--where is empty"),
+        ({"negative_prompt": "\udcff"}, "--negative-prompt is not UTF-8"),
+        ({"train_fps": 1e300}, "--train-fps must be at most 1000"),
+        ({"decode_timeout": 0.0001}, "--decode-timeout must be at least 0.1"),
+    ],
+)
+def test_settings_that_no_one_means_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EncodeConfig(**{"shards": "in", "out": "out", "model_path": "model", **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('do_temporal_sample = "yes"', "do_temporal_sample must be true or false, got 'yes'"),
+        ("num_frames = 17.0", "num_frames must be a whole number, got 17.0"),
+        ('max_height = "64"', "max_height must be a whole number, got '64'"),
+        ("train_fps = true", "train_fps must be a number, got True"),
+        ("where = 5", "where must be a string, got 5"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_with_its_file(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.toml").write_text(setting)
+    assert main(["plan", "shards", "--model-path", "m", "--config", str(tmp_path / "job.toml")]) == 2
+    assert f"job.toml: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("expression", ["1=1) or (1=1", "(fps > 1", "fps > 1)", "')' = ')' and (1"])
+def test_a_condition_whose_parentheses_do_not_match_is_refused(expression: str) -> None:
+    with pytest.raises(UserError, match="parentheses do not match"):
+        Where(expression)
+    Where("caption like '%)%' and (fps > 1)")
+
+
+def test_more_windows_than_places_are_all_places_at_once() -> None:
+    """It made an array of as many."""
+    starts = window_starts(10, 7, window="uniform", num_windows=10**15, stride=1, draw=0.0)
+    assert list(starts) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("verb", ["status", "verify", "finalize", "retry"])
+def test_a_file_is_no_output_folder(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main([verb, str(tmp_path / "file")]) == 2
+    assert "is not the output of `streamprep encode`" in capsys.readouterr().err
+
+
+def test_processes_have_their_plural() -> None:
+    assert [count(n, noun) for n in (1, 2) for noun in ("process", "shard")] == [
+        "1 process",
+        "1 shard",
+        "2 processes",
+        "2 shards",
+    ]
