@@ -179,7 +179,7 @@ def test_settings_come_from_a_file_and_flags_go_before_them(key: str, dataset: P
     ("settings", "message"),
     [
         ("shard_sise_mb = 3", "no setting is called 'shard_sise_mb'; one of "),
-        ("shuffle = [1]", "shuffle must be a string, a number or a boolean, got [1]"),
+        ("shuffle = [1]", "shuffle must be a whole number, got [1]"),
         ("shuffle 1", "cannot read the settings of "),
         (None, "cannot read the settings of "),
     ],
