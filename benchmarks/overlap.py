@@ -19,6 +19,7 @@ import argparse
 import functools
 import io
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -193,10 +194,9 @@ def _noise(shape: tuple[int, ...], *, seed: int) -> Tensor:
 
 
 def _contract() -> LatentContract:
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    from making import make_contract
-
-    return make_contract(model="stand-in", dim=TEXT_SHAPE[1])
+    tests = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "making.py"))
+    contract: LatentContract = tests["make_contract"](model="stand-in", dim=TEXT_SHAPE[1])
+    return contract
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ def make_contract(*, with_video: bool = True, with_image: bool = False, **change
             },
         },
     }
+    if not with_image:
+        del parts["image"]
     for name, value in changes.items():
         (part,) = (part for part in parts.values() if name in part)
         part[name] = value
