@@ -82,6 +82,7 @@ def test_the_example_goes_from_videos_to_rows(
         assert table["clip_feature_shape"].to_pylist() == [[257, 64]] * 2
 
 
+@pytest.mark.slow
 def test_the_same_command_again_finds_everything_done(
     run_example: Run, tiny_model: Path, dataset: Path, tmp_path: Path
 ) -> None:

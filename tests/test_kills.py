@@ -55,7 +55,10 @@ def test_a_job_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     assert_ends_like(undisturbed(shards), job, serial=True)
 
 
-@pytest.mark.parametrize("point", ["uncond.after:1", "data:2", "record:2", "success:1"])
+@pytest.mark.parametrize(
+    "point",
+    ["data:2", "record:2", *(pytest.param(point, marks=pytest.mark.slow) for point in ("uncond.after:1", "success:1"))],
+)
 def test_a_job_of_many_processes_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     new_job: NewJob, undisturbed: Undisturbed, shards: Path, point: str
 ) -> None:
@@ -199,9 +202,9 @@ def answering_child(process: Process) -> psutil.Process | None:
         (idle_child, signal.SIGKILL),
         (busy_child, signal.SIGKILL),
         (answering_child, signal.SIGKILL),
-        (idle_child, signal.SIGSTOP),
+        pytest.param(idle_child, signal.SIGSTOP, marks=pytest.mark.slow),
         (busy_child, signal.SIGSTOP),
-        (answering_child, signal.SIGSTOP),
+        pytest.param(answering_child, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
 def test_a_decoding_process_that_is_killed_or_stands_still_costs_no_sample(
