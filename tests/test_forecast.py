@@ -313,8 +313,8 @@ def test_captions_alone_have_no_sizes(forks: Forks, mixed_shards: Path, model: P
     [
         ({"where": "beauty > 5"}, "--where 'beauty > 5': no sample has beauty; there are "),
         ({"where": "1)"}, "--where '1)': "),
-        ({"buckets": "32x50"}, "--max-width 50 is no multiple of wan's 16: use 48 or 64"),
-        ({"buckets": "32x48x6"}, "--num-frames 6 breaks the 4k+1 rule of wan"),
+        ({"buckets": "32x50"}, "--buckets 32x50x5: width 50 is no multiple of wan's 16: use 48 or 64"),
+        ({"buckets": "32x48x6"}, "--buckets 32x48x6: num frames 6 breaks the 4k+1 rule of wan"),
         ({"buckets": "large"}, "--buckets large: an entry is HEIGHTxWIDTH"),
         ({"num_windows": 2}, "--num-windows goes with --window uniform"),
         ({"window_stride": 2}, "--window-stride goes with --window every"),
