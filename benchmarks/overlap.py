@@ -122,7 +122,8 @@ def _jobs(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Run `streamprep encode`'s own loop once, with the stand-in."""
     from streamprep.config import EncodeConfig
-    from streamprep.encode import run, settle
+    from streamprep.encode import run
+    from streamprep.settle import settle
     from streamprep.storage import open_store
 
     config = EncodeConfig(

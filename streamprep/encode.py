@@ -2,84 +2,46 @@
 
 1. Plan: from the shards' indexes and the model's configs alone, or join the job that is there.
 2. Load the model, and see whether it computes what it should (`streamprep.selfcheck`); only then write ``plan.json``.
-3. Take the units that have no record. Read and decode ahead (child processes), collate into the planned batches,
-   encode, write; each in its own thread, joined by short queues, so that the encoder never waits for the others.
+3. Take the units that have no record. Read and decode ahead (child processes), collate into the planned batches, encode
+   (`streamprep.batches`), write; each in its own thread, joined by short queues, so that the encoder never waits.
 4. When a unit's files are visible, create its record: the commit.
 5. When all units have one, finalize.
-
-A batch keeps its planned size when a member turns out to be bad, or is dropped for its frames (`streamprep.filters`):
-the hole is filled with another member and the result thrown away. So a clip's latents do not depend on the health of
-its neighbours, nor on whether it is encoded in a retry.
 
 Where only captions are encoded nothing is read or decoded; the rest is the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import safetensors.torch
-import torch
-from torch import Tensor
 
 from streamprep import canonical, job
+from streamprep.batches import FrameBuffers, batches_of_texts, collate, encode_batches
 from streamprep.claims import claim
-from streamprep.columns import keep
-from streamprep.commit import Committer, EncodedBatch, obey_earlier_stop
-from streamprep.config import EncodeConfig, EncodeSettings
+from streamprep.commit import Committer, obey_earlier_stop
+from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.decode_pool import DecodePool
 from streamprep.decoder import Decoder, InlineDecoder
-from streamprep.encoders import EncodeOptions, Encoder, open_encoder
-from streamprep.errors import BadSample, UserError
+from streamprep.encoders import Encoder, open_encoder
+from streamprep.errors import UserError
 from streamprep.filters import Filters
 from streamprep.finalize import Totals, finalize, is_finalized, leftovers, totals
 from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
-from streamprep.plan import ClipPlan, Excluded, RowPlan, SamplingRules, TextPlan, UnitPlan
+from streamprep.plan import SamplingRules, UnitPlan
 from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size
-from streamprep.record import BadClip
-from streamprep.selfcheck import check_encoder, check_first_frame
+from streamprep.selfcheck import check_encoder
+from streamprep.settle import describe_model, options_of, settle
 from streamprep.storage import Store, open_store
-from streamprep.stream import decode_units
-from streamprep.types import ClipBatch, EncodedClip, EncodedSample, ShardWriter
-
-_SHAPES_KEPT = 2
-_TEXTS_AT_ONCE = 256  # sorted by length together; with 512 tokens each, 2 GB in float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodedBatch:
-    """Samples of one planned batch, ready to be encoded."""
-
-    unit: UnitPlan
-    samples: Sequence[TextPlan]
-    prompts: Sequence[str]
-    """Distinct ones to embed first; for clips all of the unit's, with its first batch."""
-    frames: ClipBatch | None = None
-    """Of the planned batch, holes filled; None if every clip is bad, or there are no clips."""
-    places: Sequence[int] = ()
-    """Of the samples in ``frames``."""
-    bad: Mapping[str, BadSample] = dataclasses.field(default_factory=dict)
-    """By the sample's key."""
-    dropped: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    """By the sample's key, of those that filters leave out for their frames: (reason, message)."""
-    decoders: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """How many of its clips each decoder gave."""
-
-    @property
-    def last(self) -> bool:
-        """Whether it is the unit's last."""
-        return self.samples[-1] is self.unit.samples[-1]
+from streamprep.types import ShardWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +67,7 @@ def encode(config: EncodeConfig) -> Totals:
     config = settle(config, out)
     load_exporter(config)
     rules_of(config, describe_model(config))  # sizes that don't fit are refused before weights are downloaded
-    encoder = open_encoder(config.model_path, _options(config))
+    encoder = open_encoder(config.model_path, options_of(config))
     current, num_encoded = run(config, shards, out, encoder)
     if not num_encoded and is_finalized(current) and not leftovers(current):
         return totals(current)
@@ -126,7 +88,7 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, t
     """
     shards = open_store(config.shards)
     config = settle(config, current.store)
-    encoder = open_encoder(config.model_path, _options(config))
+    encoder = open_encoder(config.model_path, options_of(config))
     manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
     job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
     filters = open_filters(shards, manifest, rules)
@@ -139,34 +101,6 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, t
         with Committer(current, open_writer=_writer_opener(current, config), max_bad_fraction=None) as committer:
             plans = (replan(shards, unit, rules, filters) for unit in claim(current, units))
             _encode_units(plans, units, filters, committer, progress, config, shards, machinery)
-
-
-def describe_model(config: EncodeSettings) -> LatentContract:
-    """The contract but for its digests, from the model's configs alone.
-
-    Raises:
-        UserError: if the model is not known, or not one for the workload.
-    """
-    text_dtype = "float32" if config.text_dtype == "auto" else config.text_dtype
-    settled = dataclasses.replace(config, device="cpu", text_dtype=text_dtype)
-    return open_encoder(config.model_path, dataclasses.replace(_options(settled), digest="none")).contract
-
-
-def settle(config: EncodeConfig, out: Store) -> EncodeConfig:
-    """Put what this machine decides in the place of ``auto`` and 0, and tell torch."""
-    device = _device(config.device)
-    is_gpu = device.type == "cuda"
-    threads = _encode_threads(config, out)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    text_dtype = {"auto": "bfloat16" if is_gpu else "float32"}.get(config.text_dtype, config.text_dtype)
-    return dataclasses.replace(
-        config,
-        device=str(device),
-        encode_threads=threads,
-        text_dtype=text_dtype,
-        allow_tf32=config.allow_tf32 and is_gpu,
-    )
 
 
 def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tuple[Job, int]:
@@ -248,12 +182,12 @@ def _encode_units(
         progress.already_done(progress.total - sum(unit.num_clips for unit in units))
         buffers = FrameBuffers(pin=config.device != "cpu")
         if encoder.contract.video is None:
-            batches = _batches_of_texts(plans)
+            batches = batches_of_texts(plans)
         else:
             batch_size = config.preprocess_video_batch_size
-            collated = _collate(shards, plans, decoder, filters, buffers, batch_size=batch_size)
+            collated = collate(shards, plans, decoder, filters, buffers, batch_size=batch_size)
             batches = pipeline.stage("collate", collated, max_items=1)
-        encoded = _encode(batches, encoder, buffers, config, committer.job.plan.columns)
+        encoded = encode_batches(batches, encoder, buffers, config, committer.job.plan.columns)
         for batch in pipeline.stage("encode", encoded, max_items=2):
             committer.take(batch)
             progress.advance(batch.num_samples)
@@ -271,169 +205,6 @@ def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardW
     )
 
 
-class FrameBuffers:
-    """Memory for batches of frames, used again: fresh memory costs its page faults, pinned memory far more.
-
-    Buffers of the latest few shapes are kept, so that buckets do not add up.
-    """
-
-    def __init__(self, *, pin: bool) -> None:
-        self._pin = pin
-        self._free: dict[tuple[int, ...], deque[Tensor]] = {}
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """A uint8 tensor with whatever is in it."""
-        free = self._free.get(shape)
-        if free:
-            return free.pop()
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
-
-    def give_back(self, buffer: Tensor) -> None:
-        """Nobody looks at it any more."""
-        free = self._free.pop(buffer.shape, deque())
-        self._free[buffer.shape] = free  # the latest comes last
-        free.append(buffer)
-        while len(self._free) > _SHAPES_KEPT:
-            del self._free[next(iter(self._free))]
-
-
-def _batches_of_texts(units: Iterator[UnitPlan]) -> Iterator[DecodedBatch]:
-    for unit in units:
-        for start in range(0, len(unit.texts), _TEXTS_AT_ONCE):
-            texts = unit.texts[start : start + _TEXTS_AT_ONCE]
-            yield DecodedBatch(unit=unit, samples=texts, prompts=_distinct_prompts(texts))
-
-
-def _collate(
-    shards: Store,
-    units: Iterator[UnitPlan],
-    decoder: Decoder,
-    filters: Filters,
-    buffers: FrameBuffers,
-    *,
-    batch_size: int,
-) -> Iterator[DecodedBatch]:
-    """Decode the units' clips, look at their frames, and put them together in their planned batches."""
-    results = decode_units(shards, units, decoder)
-    for unit, first, decoded in results:
-        for batch in unit.batches(batch_size):
-            clips = {place: clip for place, clip in enumerate(batch) if clip is not None}
-            samples = list(clips.values())
-            frames = buffers.take((len(batch), *samples[0].request.shape))
-            bad: dict[str, BadSample] = {}
-            dropped: dict[str, tuple[str, str]] = {}
-            decoders: Counter[str] = Counter()
-            for row, clip in clips.items():
-                if clip is not first:
-                    _, _, decoded = next(results)
-                if decoded.bad is not None:
-                    bad[clip.key] = decoded.bad
-                    continue
-                assert decoded.frames is not None
-                frames[row] = decoded.frames
-                decoders[decoded.decoder or "unknown"] += 1
-                if (excluded := filters.excludes_frames(decoded.frames)) is not None:
-                    dropped[clip.key] = excluded
-            yield DecodedBatch(
-                unit=unit,
-                samples=samples,
-                prompts=_distinct_prompts(unit.clips) if samples[0] is first else (),
-                frames=_fill_holes({row: c.key for row, c in clips.items() if c.key not in {*bad, *dropped}}, frames),
-                places=list(clips),
-                bad=bad,
-                dropped=dropped,
-                decoders=decoders,
-            )
-
-
-def _distinct_prompts(samples: Sequence[TextPlan]) -> list[str]:
-    return list(dict.fromkeys(row.prompt for sample in samples for row in sample.rows))
-
-
-def _fill_holes(good: Mapping[int, str], frames: Tensor) -> ClipBatch | None:
-    """A batch of which only these rows hold what they should: {row: key}."""
-    if not good:
-        return None
-    filler = next(iter(good))
-    for row in range(len(frames)):
-        if row not in good:
-            frames[row] = frames[filler]
-    return ClipBatch(keys=tuple(good.get(row, "") for row in range(len(frames))), frames=frames)
-
-
-def _encode(
-    batches: Iterator[DecodedBatch],
-    encoder: Encoder,
-    buffers: FrameBuffers,
-    config: EncodeConfig,
-    columns: Mapping[str, str],
-) -> Iterator[EncodedBatch]:
-    """Prompts first, then clips."""
-    texts: dict[str, Tensor] = {}
-    for batch in batches:
-        if batch.prompts:
-            texts = dict(zip(batch.prompts, encoder.encode_text(batch.prompts), strict=True))
-        videos: Sequence[dict[str, Tensor]] = [{}] * len(batch.samples)
-        if batch.frames is not None:
-            encoded = encoder.encode_batch(batch.frames)
-            videos = [encoded[place] for place in batch.places]
-            buffers.give_back(batch.frames.frames)
-        samples, bad, dropped = [], [], []
-        for sample, video in zip(batch.samples, videos, strict=True):
-            if sample.key in batch.dropped:
-                reason, message = batch.dropped[sample.key]
-                dropped += [
-                    Excluded(key=row.key, reason=reason, message=message, stage="decode") for row in sample.rows
-                ]
-                continue
-            if encoder.contract.video is not None and video and sample.key not in batch.bad:
-                check_first_frame(encoder.contract.video, video, sample.key)
-            for row in sample.rows:
-                try:
-                    if sample.key in batch.bad:
-                        raise batch.bad[sample.key]
-                    tensors = {**video, "text_embedding": texts[row.prompt]}
-                    samples.append(_encoded(sample, row, tensors, config, columns))
-                except BadSample as error:
-                    bad.append(BadClip(key=row.key, stage=error.stage, reason=error.reason, exception=error.message))
-        yield EncodedBatch(
-            unit=batch.unit,
-            samples=tuple(samples),
-            bad=tuple(bad),
-            dropped=tuple(dropped),
-            num_samples=len(batch.samples),
-            last=batch.last,
-            decoders=batch.decoders,
-        )
-
-
-def _encoded(
-    sample: TextPlan, row: RowPlan, tensors: dict[str, Tensor], config: EncodeConfig, columns: Mapping[str, str]
-) -> EncodedSample:
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor.numpy()).all():  # torch's threads would wait for cores that decoding holds: 20x
-            raise BadSample("non_finite", f"{name} holds NaN or infinity", stage="encode")
-    clip = None
-    if isinstance(sample, ClipPlan):
-        clip = EncodedClip(
-            width=sample.request.width,
-            height=sample.request.height,
-            num_frames=len(sample.request.timestamps),
-            train_fps=config.train_fps,
-            source_fps=sample.source_fps,
-            media_type=sample.media_type,
-        )
-    return EncodedSample(
-        key=row.key,
-        id=row.id,
-        tensors=tensors,
-        file_name=sample.file_name,
-        caption=row.caption,
-        clip=clip,
-        columns=keep(sample.extra, columns),
-    )
-
-
 def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -> None:
     """The embeddings of the empty and the negative prompt, which trainers need for guidance, before the first unit."""
     name = f"{job.FOLDER}/uncond-{canonical.digest(current.plan.fingerprint['text'])[:8]}.safetensors"
@@ -442,46 +213,6 @@ def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -
     prompts = {"text_embedding": ""} | ({"negative_text_embedding": p} if (p := config.negative_prompt) else {})
     tensors = dict(zip(prompts, encoder.encode_text(list(prompts.values())), strict=True))
     current.store.put_if_absent(name, safetensors.torch.save(tensors), step="uncond")
-
-
-def _options(config: EncodeSettings) -> EncodeOptions:
-    return EncodeOptions(
-        workload=config.workload_type,
-        device=torch.device(config.device),
-        vae_dtype=config.vae_dtype,
-        text_dtype=config.text_dtype,
-        allow_tf32=config.allow_tf32,
-        posterior=config.posterior,
-        clean_captions=config.clean_captions,
-        text_batch_size=config.text_batch_size,
-        offload_text_encoder=config.offload_text_encoder,
-        digest="full" if config.full_digest else "ends",
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: cpu or cuda is needed")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} finds no GPU")
-    return device
-
-
-def _encode_threads(config: EncodeConfig, out: Store) -> int:
-    """As asked for; else as the job began, since the number of threads may change the last bits; else all cores."""
-    if config.encode_threads:
-        return config.encode_threads
-    if out.exists(job.PLAN):
-        began = job.open_job(out).plan.fingerprint.get("model", {}).get("encode_threads")
-        if began:
-            return int(began)
-    return len(os.sched_getaffinity(0))
 
 
 def _open_decoder(config: EncodeConfig, rules: SamplingRules) -> Decoder:

@@ -98,8 +98,10 @@ def describe(result: Forecast, config: EncodeSettings, contract: LatentContract)
             + (f"; {count(entry.num_images, 'image')} among them" if entry.num_images else "")
         )
     if set(result.windows) - {1}:
-        parts = (f"{videos} of {clips}" for clips, videos in sorted(result.windows.items()))
-        yield f"windows   videos of so many clips: {', '.join(parts)}"
+        parts = (
+            f"{count(clips, 'clip')} of {count(videos, 'video')}" for clips, videos in sorted(result.windows.items())
+        )
+        yield f"windows   {', '.join(parts)} each"
     for reason, number in result.excluded.most_common():
         yield f"{'dropped' if is_drop(reason) else 'bad':9} {number} {reason}: {explain(reason)}"
     if result.columns:

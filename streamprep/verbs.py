@@ -42,8 +42,8 @@ def pack(config: PackConfig) -> int:
 def plan(config: PlanConfig) -> int:
     """Print what would be encoded."""
     from streamprep import forecast
-    from streamprep.encode import describe_model
     from streamprep.prepare import load_exporter
+    from streamprep.settle import describe_model
 
     load_exporter(config)
     contract = describe_model(config)

@@ -119,7 +119,7 @@ def test_a_person_reads_sizes_drops_windows_and_bytes(planned: tuple[str, list[d
     assert "encoded   11 clips in 19 rows" in lines
     assert "  32x32x5          1 clip, 0 enlarged, 0.0% lost, 0.0% repeated" in lines
     assert "  32x48x9          2 clips, 0 enlarged, 0.0% lost, 0.0% repeated" in lines
-    assert "windows   videos of so many clips: 2 of 1, 3 of 2, 1 of 3" in lines
+    assert "windows   1 clip of 2 videos, 2 clips of 3 videos, 3 clips of 1 video each" in lines
     for reason, number in {"empty_caption": 1, "too_short": 1, "upscale": 1, "where": 1}.items():
         assert f"dropped   {number} {reason}: {DROP_REASONS[reason]}" in lines
     assert f"bad       1 probe_failed: {BAD_REASONS['probe_failed']}" in lines

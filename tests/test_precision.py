@@ -21,13 +21,13 @@ from making import make_options
 from streamprep import cli
 from streamprep.config import EncodeConfig
 from streamprep.contract import describe
-from streamprep.encode import settle
 from streamprep.encoders import open_encoder
 from streamprep.encoders.wan import WanEncoder
 from streamprep.errors import UserError
 from streamprep.job import check_same, open_job
 from streamprep.manifest import Manifest
 from streamprep.prepare import fingerprint
+from streamprep.settle import settle
 from streamprep.storage import Store
 from streamprep.types import ClipBatch
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streamprep import cli
-from streamprep.encode import _TEXTS_AT_ONCE
+from streamprep.batches import TEXTS_AT_ONCE
 from streamprep.errors import UserError
 from streamprep.manifest import load_index, load_manifest
 from streamprep.sources import list_dataset
@@ -183,7 +183,7 @@ TEXT = {"workload_type": "text", "samples_per_file": 250}
 @pytest.fixture(scope="module")
 def prompt_shards(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One unit of more prompts than are embedded at once."""
-    assert len(PROMPTS) > 2 * _TEXTS_AT_ONCE
+    assert len(PROMPTS) > 2 * TEXTS_AT_ONCE
     root = tmp_path_factory.mktemp("prompts")
     write_prompts(root / "prompts.txt", "\n".join(PROMPTS))
     packed = forks.run("pack", root / "prompts.txt", root / "shards", "--num-workers", 1)
