@@ -22,6 +22,13 @@ settings.register_profile("streamprep", deadline=None, derandomize=True, databas
 settings.load_profile("streamprep")
 
 
+@pytest.fixture(autouse=True)
+def no_priority_over_others() -> Iterator[None]:
+    """A test that leaves this process with real-time priority starves whatever later tests start; see SVT-AV1."""
+    yield
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return Path(__file__).parents[1]

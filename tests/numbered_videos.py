@@ -12,8 +12,10 @@ pixels does to it makes it unreadable, and turned or mirrored it reads as no num
 from __future__ import annotations
 
 import io
+import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,6 +78,21 @@ def _read_number(grey_HW: Tensor, margin: tuple[float, float]) -> int | None:
     return sum(bit << place for place, bit in enumerate(bits[4:12]))
 
 
+@contextmanager
+def usual_scheduling() -> Iterator[None]:
+    """Leave the thread's scheduling as it was.
+
+    SVT-AV1, where root runs it, gives the thread that encodes real-time priority, and every process that is started
+    later inherits it: two decoding children then take both cores, and the process that waits for them none.
+    """
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameter)
+
+
+@usual_scheduling()
 def make_video(
     times: Sequence[Fraction] = steady(60),
     *,

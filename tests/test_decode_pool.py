@@ -147,8 +147,7 @@ def is_alive(pid: int) -> bool:
 def tasks_until_all_are_busy(pool: DecodePool, made: list[DecodeTask]) -> Iterator[DecodeTask]:
     """Slow tasks until each child has been seen with one, which a child must be ready for.
 
-    One for each at a time, and so slow that they are busy for seconds: where two children take both cores, this
-    process may not run for as long as a shorter clip takes. Children need seconds to start, so patience comes first.
+    One for each at a time: children need seconds to start, and whatever is made meanwhile has to be decoded.
     """
     while True:
         for _ in range(2):
@@ -278,8 +277,6 @@ def test_children_killed_while_idle_are_replaced() -> None:
         wait_for(lambda: pool.stats.restarts == 4)
 
 
-# Slow for now: late in a process that has run the other files, it never sees both children busy, and nobody knows why.
-@pytest.mark.slow
 def test_children_killed_while_busy_are_replaced_and_their_clips_tried_again() -> None:
     tasks: list[DecodeTask] = []
 

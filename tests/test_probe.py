@@ -18,6 +18,7 @@ import av.logging
 import numpy as np
 import pytest
 from av.stream import Disposition
+from numbered_videos import usual_scheduling
 
 from streamprep import mp4, probe
 from streamprep.probe import ProbeError, probe_video, sniff_container
@@ -86,6 +87,7 @@ OTHER_VIDEOS = {
 VIDEOS = MP4_VIDEOS | OTHER_VIDEOS
 
 
+@usual_scheduling()
 def encode(
     *,
     format="mp4",
