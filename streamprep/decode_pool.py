@@ -34,6 +34,7 @@ from streamprep.types import DecodeRequest
 _ATTEMPTS = 2
 _MAX_FAILED_STARTS = 3
 _START_SECONDS = 300.0  # importing torch takes 3 s, on a cold network disk minutes
+_TAKE_SECONDS = 5.0  # a limit shorter than a busy machine takes to wake a child would be the clip's fault
 _TASK_BYTES = 4096  # what a task counts for besides its video, so that a run of bad samples is bounded as well
 
 
@@ -246,7 +247,7 @@ class DecodePool:
         for child in self._children:
             if child.ready and child.job is None and (job := self._next_to_decode()) is not None:
                 assert job.video is not None and job.slot is not None
-                child.job, child.deadline = job, time.monotonic() + self._timeout_seconds
+                child.job, child.deadline = job, time.monotonic() + max(self._timeout_seconds, _TAKE_SECONDS)
                 child.process.send_task(job.video, job.request, offset=job.slot * self._slot_bytes)
 
     def _next_to_decode(self) -> _Job | None:
@@ -288,6 +289,7 @@ class DecodePool:
             child.ready, child.deadline = True, math.inf
         elif reply["kind"] == "taken":
             child.taken_at, child.has_ever_taken = time.monotonic(), True
+            child.deadline = child.taken_at + self._timeout_seconds
             self._failed_starts = 0
         else:
             assert child.job is not None

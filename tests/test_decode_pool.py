@@ -353,6 +353,14 @@ def test_a_clip_that_kills_its_child_is_bad_after_two_attempts() -> None:
         assert len(killed) == pool.stats.restarts == 2
 
 
+def test_a_limit_no_clip_can_meet_is_the_clips_fault_not_a_failed_start() -> None:
+    """It was counted from before the child had its task: three in a row ended the job with a traceback."""
+    tasks = [slow_task(str(n)) for n in range(3)]
+    with open_pool(num_workers=1, timeout_seconds=0.0001) as pool:
+        for task, decoded in zip(tasks, pool.map(tasks), strict=True):
+            assert (decoded.key, decoded.bad and decoded.bad.reason) == (task.key, "decoder_timeout")
+
+
 def test_a_clip_that_takes_too_long_is_bad_after_two_attempts() -> None:
     tasks = [make_task("0"), make_task("1"), endless_task("2"), make_task("3"), make_task("4")]
     with open_pool(timeout_seconds=2.0) as pool:

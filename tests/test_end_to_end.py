@@ -22,6 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from fastvideo_schemas import SCHEMAS
 from reference import Geometry, Row, compare, encode_captions, encode_dataset, read_entries, read_rows
 from torch import Tensor
 
@@ -56,36 +57,6 @@ SHAPES: dict[str, dict[str, tuple[int, ...] | None]] = {
 }
 """Of each model's tensors but ``text_embedding``; None: the columns are there, with no bytes."""
 
-
-def _triplet(name: str) -> list[tuple[str, pa.DataType]]:
-    return [(f"{name}_bytes", pa.binary()), (f"{name}_shape", pa.list_(pa.int64())), (f"{name}_dtype", pa.string())]
-
-
-_METADATA = [
-    ("file_name", pa.string()),
-    ("caption", pa.string()),
-    ("media_type", pa.string()),
-    ("width", pa.int64()),
-    ("height", pa.int64()),
-    ("num_frames", pa.int64()),
-    ("duration_sec", pa.float64()),
-    ("fps", pa.float64()),
-]
-SCHEMAS = {
-    "t2v": pa.schema([("id", pa.string()), *_triplet("vae_latent"), *_triplet("text_embedding"), *_METADATA]),
-    "i2v": pa.schema(
-        [
-            ("id", pa.string()),
-            *_triplet("vae_latent"),
-            *_triplet("text_embedding"),
-            *_triplet("clip_feature"),
-            *_triplet("first_frame_latent"),
-            *_triplet("pil_image"),
-            *_METADATA,
-        ]
-    ),
-}
-"""FastVideo's ``pyarrow_schema_t2v`` and ``pyarrow_schema_i2v``, column by column."""
 
 SPECIAL_CAPTIONS = {
     "plain.mp4": "A red circle moves from left to right.",

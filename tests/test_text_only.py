@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fastvideo_schemas import SCHEMAS
 
 from streamprep import cli
 from streamprep.batches import TEXTS_AT_ONCE
@@ -28,17 +28,6 @@ if TYPE_CHECKING:
     NewJob = Callable[..., EncodeJob]
 
 pytest_plugins = ["jobs"]
-
-TEXT_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("text_embedding_bytes", pa.binary()),
-        ("text_embedding_shape", pa.list_(pa.int64())),
-        ("text_embedding_dtype", pa.string()),
-        ("caption", pa.string()),
-    ]
-)
-"""FastVideo's ``pyarrow_schema_text_only``."""
 
 
 def write_prompts(path: Path, content: str | bytes) -> Path:
@@ -205,7 +194,7 @@ def finished(forks: Forks, prompt_shards: Path, model: Path, tmp_path_factory: p
 def test_every_prompt_is_a_row_of_fastvideos_columns(finished: EncodeJob) -> None:
     rows = []
     for path in sorted((finished.out / "combined_parquet_dataset").iterdir()):
-        assert pq.read_schema(path).remove_metadata().equals(TEXT_SCHEMA)
+        assert pq.read_schema(path).remove_metadata().equals(SCHEMAS["text"])
         rows += pq.read_table(path).to_pylist()
     expected = [(f"prompts-{number:06d}", prompt.strip()) for number, prompt in enumerate(PROMPTS, start=1) if prompt]
     assert [(row["id"], row["caption"]) for row in rows] == expected

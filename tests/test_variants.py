@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, downloaded, serve
+from fastvideo_schemas import SCHEMAS
 from making import make_options
 
 from streamprep import cli
@@ -240,35 +240,6 @@ def test_only_what_is_needed_is_fetched_from_the_hub(
 
 # What is written
 
-I2V_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("vae_latent_bytes", pa.binary()),
-        ("vae_latent_shape", pa.list_(pa.int64())),
-        ("vae_latent_dtype", pa.string()),
-        ("text_embedding_bytes", pa.binary()),
-        ("text_embedding_shape", pa.list_(pa.int64())),
-        ("text_embedding_dtype", pa.string()),
-        ("clip_feature_bytes", pa.binary()),
-        ("clip_feature_shape", pa.list_(pa.int64())),
-        ("clip_feature_dtype", pa.string()),
-        ("first_frame_latent_bytes", pa.binary()),
-        ("first_frame_latent_shape", pa.list_(pa.int64())),
-        ("first_frame_latent_dtype", pa.string()),
-        ("pil_image_bytes", pa.binary()),
-        ("pil_image_shape", pa.list_(pa.int64())),
-        ("pil_image_dtype", pa.string()),
-        ("file_name", pa.string()),
-        ("caption", pa.string()),
-        ("media_type", pa.string()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("num_frames", pa.int64()),
-        ("duration_sec", pa.float64()),
-        ("fps", pa.float64()),
-    ]
-)
-"""FastVideo's ``pyarrow_schema_i2v``."""
 TENSORS = ("vae_latent", "text_embedding", "clip_feature", "first_frame_latent", "pil_image")
 
 
@@ -291,7 +262,7 @@ def test_an_image_to_video_row_has_fastvideos_columns_and_is_empty_where_the_mod
         assert cli.main([str(value) for value in (*run, *size, "--serial", "--encode-threads", 1)]) == 0
         assert cli.main(["verify", str(tmp_path / "out")]) == 0, output.getvalue()
     (file,) = (tmp_path / "out/combined_parquet_dataset").iterdir()
-    assert pq.read_schema(file).remove_metadata().equals(I2V_SCHEMA)
+    assert pq.read_schema(file).remove_metadata().equals(SCHEMAS["i2v"])
     latent_shape = [48, 3, 4, 6] if variant == "2.2-ti2v-5b" else [16, 3, 8, 12]
     shapes = {"vae_latent": latent_shape, "clip_feature": [257, 64], "first_frame_latent": latent_shape}
     rows = pq.read_table(file).to_pylist()
