@@ -6,6 +6,7 @@ imported, and only after its flags are understood: ``streamprep encode --help`` 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        return _complain(f"{error}", FAILED)
+        full = error.errno == errno.ENOSPC and verb.resumable
+        return _complain(f"{error}{'; with more room, the same command goes on from here' if full else ''}", FAILED)
 
 
 def parse(verb: str, arguments: Sequence[str]) -> object:

@@ -74,7 +74,7 @@ def load_manifest(store: Store) -> Manifest:
                 "which reads them once and copies nothing"
             ) from None
         raise UserError(
-            f"{store.url} holds no shards (no {MANIFEST}): make them by `streamprep pack DATASET {store.url}`"
+            f"{store.url} holds no shards (no {MANIFEST}): make them by `streamprep pack DATASET SHARDS`"
         ) from None
     except ValueError as error:
         raise UserError(f"{store.url}/{MANIFEST} is not JSON: {error}") from error

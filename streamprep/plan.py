@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from streamprep.buckets import Bucket, choose_bucket, upscaling
 from streamprep.errors import BAD_REASONS, BadSample
 from streamprep.filters import Filters
+from streamprep.progress import count
 from streamprep.sampling import ResampledVideo, resample, uniform, window_starts
 from streamprep.shards import Member, ShardIndex, ShardSample
 from streamprep.types import DecodeRequest, VideoLoader
@@ -396,8 +397,8 @@ def _choose_size(sample: ShardSample, video: ResampledVideo, sizes: Sequence[Buc
         return dataclasses.replace(bucket, num_frames=(video.length - 1) // rules.frame_step * rules.frame_step + 1)
     raise _Drop(
         "too_short",
-        f"{video.length} frames at {rules.train_fps:g} fps, {bucket.num_frames} are wanted "
-        f"({metadata['num_frames']} frames at {metadata['fps']:g} fps)",
+        f"{count(video.length, 'frame')} at {rules.train_fps:g} fps, {bucket.num_frames} are wanted "
+        f"({count(metadata['num_frames'], 'frame')} at {metadata['fps']:g} fps)",
     )
 
 

@@ -329,6 +329,7 @@ def test_a_full_disk_is_an_error_that_more_room_repairs(
     failed = job.run(serial=True)
     assert failed.code == 1
     assert "No space left on device" in failed.output
+    assert "with more room, the same command goes on from here" in failed.output
     after = job.result()
     assert not [name for name in after if name.startswith(".tmp")]
     assert all(after[name] == digest for name, digest in before.items() if not name.startswith(".tmp"))

@@ -82,7 +82,7 @@ def test_a_few_missing_videos_are_skipped(make_merged: Callable[..., Path], tota
 def test_many_missing_videos_are_refused(make_merged: Callable[..., Path], total: int, missing: int) -> None:
     rows = [{"path": f"{number:03d}.mp4", "cap": ""} for number in range(total)]
     root = make_merged(rows, tuple(row["path"] for row in rows[missing:]))
-    with pytest.raises(UserError, match=rf"{missing} of {total} listed videos are missing, the first is '000\.mp4'"):
+    with pytest.raises(UserError, match=rf"{missing} of {total} listed entries are missing, the first is '000\.mp4'"):
         list_dataset(root, "merged")
 
 

@@ -198,7 +198,7 @@ class Listing:
         unusable = [skipped for skipped in self.skipped if skipped.reason not in _HARMLESS]
         total = len(self.samples) + len(unusable)
         if len(unusable) > max(20, 0.05 * total) or (unusable and not self.samples):
-            raise UserError(f"{self.root}: {len(unusable)} of {total} listed videos are {_summary(unusable)}")
+            raise UserError(f"{self.root}: {len(unusable)} of {total} listed entries are {_summary(unusable)}")
         if not self.samples:
             raise UserError(f"{self.root} lists no videos")
         self.samples.sort(key=lambda sample: sample.key)
@@ -216,7 +216,8 @@ def _summary(unusable: list[Skipped]) -> str:
     first = f"the first is {unusable[0].file_name!r}"
     if set(counts) == {"missing"}:
         return f"missing, {first}: is this the right folder?"
-    return f"unusable ({', '.join(f'{n} {reason}' for reason, n in counts.most_common())}), {first}: right columns?"
+    question = "are these tars?" if "damaged_tar" in counts else "are these the right columns?"
+    return f"unusable ({', '.join(f'{n} {reason}' for reason, n in counts.most_common())}), {first}: {question}"
 
 
 def _bad_caption(captions: tuple[str, ...]) -> str | None:
