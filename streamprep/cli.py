@@ -9,19 +9,18 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 
 import tyro
 
 from streamprep import __version__
 from streamprep import config as configs
-from streamprep.errors import LatentMismatch, Stopped, TooManyBadSamples, UserError
+from streamprep.errors import LatentMismatch, Stopped, TooManyBadSamples, UnitsSetAside, UserError
+from streamprep.launch import launch, wants_launching
+from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
+from streamprep.signals import signals_raise_stopped
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
 """Exit codes."""
@@ -78,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
     try:
         config = parse(arguments[0], arguments[1:])
-        with _signals_raise_stopped(then="the same command goes on from here" if verb.resumable else "nothing is kept"):
+        with signals_raise_stopped(then="the same command goes on from here" if verb.resumable else "nothing is kept"):
+            if wants_launching(config):
+                return launch(config, arguments)
+            end_with_the_launcher()
             module, _, function = verb.run.partition(":")
             return int(getattr(importlib.import_module(module), function)(config))
     except UserError as error:
@@ -87,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), TOO_MANY_BAD)
     except Stopped as error:
         return _complain(str(error), STOPPED)
-    except LatentMismatch as error:
-        return _complain(str(error), FAILED)
+    except (LatentMismatch, UnitsSetAside) as error:
+        return _complain(str(error), SETTLED if LAUNCHER in os.environ else FAILED)
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -110,26 +112,6 @@ def parse(verb: str, arguments: Sequence[str]) -> object:
     return parsed
 
 
-@contextmanager
-def _signals_raise_stopped(*, then: str) -> Iterator[None]:
-    """SIGTERM and Ctrl-C leave a command between any two steps, tidily; a second one does not wait for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped(f"stopped by {signal.Signals(number).name}; {then}")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _overview() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()]
@@ -145,5 +127,7 @@ def _overview() -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"streamprep: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = "streamprep" if rank == "0" else f"streamprep (rank {rank})"
+    print(f"{who}: {message}", file=sys.stderr)
     return code

@@ -6,13 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from streamprep import canonical, job
+from streamprep.board import Board, LocalBoard
 from streamprep.errors import TooManyBadSamples
 from streamprep.job import Job
 from streamprep.plan import Excluded, UnitPlan
 from streamprep.record import BadClip, Record, named_files
+from streamprep.tally import Counts, Tally, count_records
 from streamprep.types import EncodedSample, ShardWriter, WrittenFile
 
 _ALWAYS_ALLOWED_BAD = 20
@@ -47,11 +49,17 @@ class Committer:
     Args:
         current: The job.
         open_writer: Unit -> the exporter's writer. None writes nothing, to know the limit only.
-        max_bad_fraction: Of all attempted samples; 20 are always allowed. None knows no limit.
+        max_bad_fraction: Of the samples that all ranks have attempted; 20 are always allowed. None knows no limit.
+        board: Of all ranks.
     """
 
     def __init__(
-        self, current: Job, *, open_writer: Callable[[str], ShardWriter] | None, max_bad_fraction: float | None
+        self,
+        current: Job,
+        *,
+        open_writer: Callable[[str], ShardWriter] | None,
+        max_bad_fraction: float | None,
+        board: Board | None = None,
     ) -> None:
         self.job = current
         self._open_writer = open_writer
@@ -59,12 +67,16 @@ class Committer:
         self._unit_bad: list[BadClip] = []
         self._unit_dropped: list[Excluded] = []
         self._unit_decoders: Counter[str] = Counter()
+        self._unit_rows = 0
         self._writer: ShardWriter | None = None
         self._unit_began = time.monotonic()
-        self._count_committed()
+        self._tally = Tally(current, board or LocalBoard())
 
-    def take(self, batch: EncodedBatch) -> None:
+    def take(self, batch: EncodedBatch) -> Record | None:
         """Write a batch; with the last of a unit, commit the unit.
+
+        Returns:
+            The unit's record if this was the last, be it another process's that was first.
 
         Raises:
             TooManyBadSamples: if this one was too many.
@@ -74,24 +86,22 @@ class Committer:
             self._writer = self._open_writer(batch.unit.id)
         for sample in batch.samples:
             self._writer.write(sample)
-        self._num_rows += len(batch.samples)
+        self._unit_rows += len(batch.samples)
         self._unit_dropped += batch.dropped
         self._unit_decoders.update(batch.decoders)
-        self._num_dropped += len(batch.dropped)
-        self._note_bad(batch.bad)
+        self._unit_bad += batch.bad
         self.check_bad_limit()
-        if batch.last:
-            self.commit(batch.unit)
+        return self.commit(batch.unit) if batch.last else None
 
-    def commit(self, unit: UnitPlan) -> None:
-        """Publish a unit's files, then create its record.
+    def commit(self, unit: UnitPlan) -> Record:
+        """Publish a unit's files, then create its record; if another process was first, return that one's.
 
         Raises:
             TooManyBadSamples: if those that the plan knew to be bad were too many.
         """
-        self._note_bad(
-            [BadClip(key=item.key, stage="plan", reason=item.reason, exception=item.message) for item in unit.bad]
-        )
+        self._unit_bad += [
+            BadClip(key=item.key, stage="plan", reason=item.reason, exception=item.message) for item in unit.bad
+        ]
         self.check_bad_limit()
         files: list[WrittenFile] = []
         if self._writer is not None:
@@ -108,11 +118,13 @@ class Committer:
             retried=unit.retried,
             decoders=dict(sorted(self._unit_decoders.items())),
         )
-        self._bad.subtract(unit.retried)
-        if not self.job.commit(record):
-            self._give_way(record)
-        self._unit_bad, self._unit_dropped, self._unit_decoders = [], [], Counter()
+        if self.job.commit(record):
+            self._tally.add(record)
+        else:
+            record = self._give_way(record)
+        self._unit_bad, self._unit_dropped, self._unit_decoders, self._unit_rows = [], [], Counter(), 0
         self._unit_began = time.monotonic()
+        return record
 
     def check_bad_limit(self) -> None:
         """Stop the job if more samples are bad than allowed.
@@ -120,14 +132,14 @@ class Committer:
         Raises:
             TooManyBadSamples: and leaves ``stop.json`` with the reasons.
         """
-        if self._max_bad_fraction is None:
+        if self._max_bad_fraction is None or not self._too_many(self._with_open_unit(self._tally.counts())):
             return
-        num_bad = self._bad.total()
-        attempted = num_bad + self._num_rows + self._num_dropped
-        if num_bad > max(_ALWAYS_ALLOWED_BAD, self._max_bad_fraction * attempted):
+        counts = self._with_open_unit(count_records(self.job))  # the tally may be wrong
+        if self._too_many(counts):
             self._stop(
-                f"{num_bad} of {attempted} samples are bad, more than max({_ALWAYS_ALLOWED_BAD}, "
-                f"{self._max_bad_fraction:.0%}): the settings may be wrong; if the data is, raise --max-bad-fraction"
+                f"{counts.num_bad} of {counts.num_attempted} samples are bad, more than max({_ALWAYS_ALLOWED_BAD}, "
+                f"{self._max_bad_fraction:.0%}): the settings may be wrong; if the data is, raise --max-bad-fraction",
+                counts,
             )
 
     def check_any_rows(self) -> None:
@@ -136,9 +148,9 @@ class Committer:
         Raises:
             TooManyBadSamples: and leaves ``stop.json`` with the reasons.
         """
-        self._count_committed()
-        if self._bad.total() and not self._num_rows and not self._num_dropped:
-            self._stop(f"all {self._bad.total()} samples are bad: nothing was encoded")
+        counts = count_records(self.job)
+        if counts.num_bad and not counts.num_rows and not counts.num_dropped:
+            self._stop(f"all {counts.num_bad} samples are bad: nothing was encoded", counts)
 
     def __enter__(self) -> Committer:
         return self
@@ -148,18 +160,21 @@ class Committer:
             with self._writer:
                 pass
 
-    def _count_committed(self) -> None:
-        records = list(self.job.records())
-        self._num_rows = sum(record.num_rows for record in records)
-        self._num_dropped = sum(len(record.dropped_rows) for record in records)
-        self._bad = Counter(job.bad_now(records))
+    def _with_open_unit(self, counts: Counts) -> Counts:
+        return Counts(
+            num_rows=counts.num_rows + self._unit_rows,
+            num_bad=counts.num_bad + len(self._unit_bad),
+            num_dropped=counts.num_dropped + len(self._unit_dropped),
+        )
 
-    def _note_bad(self, bad: Sequence[BadClip]) -> None:
-        self._unit_bad += bad
-        self._bad.update(clip.reason for clip in bad)
+    def _too_many(self, counts: Counts) -> bool:
+        assert self._max_bad_fraction is not None
+        return counts.num_bad > max(_ALWAYS_ALLOWED_BAD, self._max_bad_fraction * counts.num_attempted)
 
-    def _stop(self, message: str) -> None:
-        bad = {reason: number for reason, number in self._bad.most_common() if number}
+    def _stop(self, message: str, counts: Counts) -> NoReturn:
+        by_reason = Counter(job.bad_now(self.job.records()))
+        by_reason.update(clip.reason for clip in self._unit_bad)
+        bad = {reason: number for reason, number in by_reason.most_common() if number}
         reasons = ", ".join(f"{reason} {number}" for reason, number in bad.items())
         clips = [*self._unit_bad, *self.job.bad_clips().values()][:_EXAMPLES]
         examples = "".join(f"\n  {clip.key}: {clip.reason}: {clip.exception}" for clip in clips)
@@ -167,19 +182,20 @@ class Committer:
             "message": f"{message} ({reasons}){examples}\n{_NEXT_STEP}",
             "max_bad_fraction": self._max_bad_fraction,
             "bad": bad,
-            "num_rows": self._num_rows,
+            "num_rows": counts.num_rows,
             "examples": [asdict(clip) for clip in clips],
         }
         self.job.store.put(job.STOP, canonical.to_pretty_json(stop), step="stop")
         raise TooManyBadSamples(stop["message"])
 
-    def _give_way(self, ours: Record) -> None:
+    def _give_way(self, ours: Record) -> Record:
         """Another process committed this unit first: its record counts, our files that it does not name go."""
         theirs = self.job.record(ours.unit)
         assert theirs is not None
         kept = named_files(theirs)
         for name in named_files(ours) - kept:
             self.job.store.delete(name, step="delete")
+        return theirs
 
 
 def obey_earlier_stop(current: Job, max_bad_fraction: float) -> None:

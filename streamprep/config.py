@@ -241,7 +241,40 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(EncodeSettings):
+class LaunchSettings:
+    """How many processes a job runs in, and how they go along with each other; nothing of it shows in the output."""
+
+    nproc: str = "1"
+    """Processes (ranks) to start: a number, or auto: one for each GPU of this machine (of the cluster, with Ray)."""
+    launcher: Literal["local", "ray"] = "local"
+    """What starts them: this machine, or Ray; torchrun and Slurm start their own."""
+    ray_address: str | None = None
+    """Address of the Ray cluster; by default that of the environment, or a new one on this machine."""
+    gpus_per_worker: float | None = None
+    """GPUs of one Ray worker; by default one, or none with --device cpu."""
+    max_restarts: int = 100
+    """How often processes that die are started again, in all."""
+    grace_seconds: float = 20.0
+    """On SIGTERM, finish the unit at hand if that takes no longer, else drop it."""
+    stale_seconds: float = 300.0
+    """Take a unit again whose process may have died, on another machine, when it has been away for so long, and for
+    three times the slowest unit."""
+    log_dir: str | None = None
+    """Folder for a log of every process as JSON lines; by default OUT/_streamprep/logs."""
+
+    def __post_init__(self) -> None:
+        if self.nproc != "auto" and not (self.nproc.isdecimal() and int(self.nproc) >= 1):
+            raise UserError(f"--nproc must be a number from 1, or auto, got {self.nproc!r}")
+        _at_least(0, max_restarts=self.max_restarts, grace_seconds=self.grace_seconds)
+        _above_zero(stale_seconds=self.stale_seconds)
+        if self.gpus_per_worker is not None:
+            _at_least(0, gpus_per_worker=self.gpus_per_worker)
+        if self.launcher != "ray" and (self.ray_address is not None or self.gpus_per_worker is not None):
+            raise UserError("--ray-address and --gpus-per-worker go with --launcher ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(EncodeSettings, LaunchSettings):
     """Encode shards of raw videos into latents and text embeddings.
 
     Example: streamprep encode my_shards out --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 77
@@ -255,6 +288,10 @@ class EncodeConfig(EncodeSettings):
     """Folder that `streamprep pack` wrote."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Folder for the latents."""
+
+    def __post_init__(self) -> None:
+        EncodeSettings.__post_init__(self)
+        LaunchSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +311,7 @@ class PlanConfig(EncodeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(EncodeSettings, PackSettings):
+class RunConfig(EncodeSettings, PackSettings, LaunchSettings):
     """Pack a dataset and encode it.
 
     Example: streamprep run my_dataset out --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 77
@@ -294,10 +331,11 @@ class RunConfig(EncodeSettings, PackSettings):
     def __post_init__(self) -> None:
         PackSettings.__post_init__(self)
         EncodeSettings.__post_init__(self)
+        LaunchSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryConfig:
+class RetryConfig(LaunchSettings):
     """Encode the bad samples of a job again: after a larger limit, or once a shard is repaired.
 
     Example: streamprep retry out --reason decoder_timeout --decode-timeout 600
@@ -311,6 +349,8 @@ class RetryConfig:
     """Output of `streamprep encode`."""
     reason: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Only samples that are bad for this reason; may be given several times. By default for any."""
+    failed: bool = False
+    """Encode again the units that were set aside because every process that tried them has died."""
     decode_timeout: float | None = None
     """Seconds one clip may take to decode; by default as for the job, and so all that follow."""
     decode_memory_mb: int | None = None
@@ -329,6 +369,9 @@ class RetryConfig:
     """Decode, encode and write one after the other in this process; for debugging."""
 
     def __post_init__(self) -> None:
+        LaunchSettings.__post_init__(self)
+        if self.failed and self.reason:
+            raise UserError("--failed is about whole units, --reason about bad samples: one at a time")
         if self.max_bad_fraction is not None:
             _at_least(0, max_bad_fraction=self.max_bad_fraction)
             _at_most(1, max_bad_fraction=self.max_bad_fraction)

@@ -15,9 +15,23 @@ VARIABLE = "STREAMPREP_CRASH_AT"
 
 PACK_STEPS = ("pack", "skipped", "shard", "shard_index", "manifest")
 """pack.json, skipped.jsonl, NNNNNN.tar, NNNNNN.json, manifest.json."""
-JOB_STEPS = ("plan", "uncond", "data", "quarantine", "record", "delete", "index", "success", "stop")
-"""plan.json, the unconditional embedding, one data file, one quarantine file, one record, one leftover deleted by
-finalize, index.parquet, SUCCESS.json, stop.json."""
+JOB_STEPS = (
+    "plan",
+    "uncond",
+    "attempt",
+    "data",
+    "quarantine",
+    "record",
+    "withdraw",
+    "delete",
+    "index",
+    "success",
+    "stop",
+    "failed",
+)
+"""plan.json, the unconditional embedding, the mark that somebody is at a unit, one data file, one quarantine file, one
+record, the mark's removal, one leftover deleted by finalize, index.parquet, SUCCESS.json, stop.json, a unit set
+aside."""
 RETRY_STEPS = ("retry",)
 """retry/r1.json; then those of a job."""
 POINTS = tuple(point for step in PACK_STEPS + JOB_STEPS + RETRY_STEPS for point in (step, f"{step}.after"))

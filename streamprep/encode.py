@@ -1,11 +1,12 @@
-"""Shards -> latents: the loop of one process.
+"""Shards -> latents: the loop of one rank.
 
 1. Plan: from the shards' indexes and the model's configs alone, or join the job that is there.
 2. Load the model, and see whether it computes what it should (`streamprep.selfcheck`); only then write ``plan.json``.
-3. Take the units that have no record. Read and decode ahead (child processes), collate into the planned batches, encode
-   (`streamprep.batches`), write; each in its own thread, joined by short queues, so that the encoder never waits.
+3. Claim units that have no record (`streamprep.claims`). Read and decode ahead (child processes), collate into the
+   planned batches, encode (`streamprep.batches`), write; each in its own thread, joined by short queues, so that the
+   encoder never waits.
 4. When a unit's files are visible, create its record: the commit.
-5. When all units have one, finalize.
+5. When all units of all ranks have one, finalize.
 
 Where only captions are encoded nothing is read or decoded; the rest is the same.
 """
@@ -22,7 +23,8 @@ import safetensors.torch
 
 from streamprep import canonical, job
 from streamprep.batches import FrameBuffers, batches_of_texts, collate, encode_batches
-from streamprep.claims import claim
+from streamprep.board import Board
+from streamprep.claims import Claims
 from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
@@ -31,15 +33,18 @@ from streamprep.decoder import Decoder, InlineDecoder
 from streamprep.encoders import Encoder, open_encoder
 from streamprep.errors import UserError
 from streamprep.filters import Filters
-from streamprep.finalize import Totals, finalize, is_finalized, leftovers, totals
+from streamprep.finalize import Totals
 from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
-from streamprep.plan import SamplingRules, UnitPlan
+from streamprep.plan import SamplingRules
 from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size
+from streamprep.ranks import Rank, this_rank
 from streamprep.selfcheck import check_encoder
+from streamprep.session import Session, end, open_session
 from streamprep.settle import describe_model, options_of, settle
+from streamprep.signals import sigterm_asks
 from streamprep.storage import Store, open_store
 from streamprep.types import ShardWriter
 
@@ -53,13 +58,18 @@ class Machinery:
     encoder: Encoder
 
 
-def encode(config: EncodeConfig) -> Totals:
-    """Encode shards, or finish what an earlier call began.
+def encode(config: EncodeConfig, board: Board | None = None) -> Totals:
+    """Encode shards, or finish what an earlier call began; one of any number of ranks.
+
+    Args:
+        config: The settings.
+        board: Of all ranks; by default as the environment says.
 
     Raises:
         UserError: before anything is written, if the settings, model or shards cannot be used.
         TooManyBadSamples: if so many samples are bad that the settings must be wrong.
         LatentMismatch: if what is encoded contradicts itself.
+        UnitsSetAside: if all is done but what kills every process that tries it.
     """
     shards, out = open_store(config.shards), open_store(config.out)
     if shards.root == out.root:
@@ -68,19 +78,17 @@ def encode(config: EncodeConfig) -> Totals:
     load_exporter(config)
     rules_of(config, describe_model(config))  # sizes that don't fit are refused before weights are downloaded
     encoder = open_encoder(config.model_path, options_of(config))
-    current, num_encoded = run(config, shards, out, encoder)
-    if not num_encoded and is_finalized(current) and not leftovers(current):
-        return totals(current)
-    return finalize(current)
+    return run(config, shards, out, encoder, board)
 
 
-def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, title: str) -> None:
-    """Encode units of a retry.
+def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, name: str, title: str) -> None:
+    """Encode units of a retry; one of any number of ranks.
 
     Args:
         config: The job's, where it matters.
         current: The job.
-        units: At least one.
+        units: All of the retry, done or not.
+        name: Of the retry.
         title: Said first.
 
     Raises:
@@ -92,33 +100,32 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, t
     manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
     job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
     filters = open_filters(shards, manifest, rules)
-    num_clips = sum(unit.num_clips for unit in units)
-    progress = Progress(total=num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
-    progress.message(title)
-    _warn_of_other_versions(current.plan, progress, needed=True)
-    with _start_machinery(config, rules, encoder) as machinery:
-        current.store.remove_unpublished()
-        with Committer(current, open_writer=_writer_opener(current, config), max_bad_fraction=None) as committer:
-            plans = (replan(shards, unit, rules, filters) for unit in claim(current, units))
-            _encode_units(plans, units, filters, committer, progress, config, shards, machinery)
+    with open_session(config, current.store, encoder.contract) as session:
+        session.progress.total = sum(unit.num_clips for unit in units)
+        session.progress.message(title)
+        _warn_of_other_versions(current.plan, session.progress, needed=True)
+        with _start_machinery(config, rules, encoder) as machinery:
+            current.store.remove_unpublished()
+            committer = _committer(current, config, session, max_bad_fraction=None)
+            with committer:
+                _encode_units(units, name, rules, filters, committer, session, config, shards, machinery)
 
 
-def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tuple[Job, int]:
-    """Encode the units that have no record.
+def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board: Board | None = None) -> Totals:
+    """Encode the units that have no record, until none is left that this or another rank could do; then finalize.
 
     Args:
         config: Settled.
         shards: The input.
         out: The output.
         encoder: Not loaded yet; only if there is anything to encode, it will be.
-
-    Returns:
-        The job, and how many units were missing.
+        board: Of all ranks; by default as the environment says.
 
     Raises:
         UserError: before anything is written.
         TooManyBadSamples: if so many samples are bad that the settings must be wrong.
         LatentMismatch: if what is encoded contradicts itself.
+        UnitsSetAside: if all is done but what kills every process that tries it.
     """
     rules = rules_of(config, encoder.contract)
     manifest = load_manifest(shards)
@@ -126,26 +133,28 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder) -> tu
     filters = open_filters(shards, manifest, rules)
     plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract, filters)
     units = begun.unfinished() if begun else list(plan.units)
-    progress = Progress(total=plan.num_clips, unit="clips" if encoder.contract.video else "samples", verb="encoding")
-    progress.message(_describe(plan, units, config, encoder.contract))
-    if begun:
-        obey_earlier_stop(begun, config.max_bad_fraction)
-        _warn_of_other_versions(plan, progress, needed=bool(units))
-    to_encode = [unit for unit in units if unit.num_clips]
-    with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
-        current = begun or job.start_or_join(out, plan)
-        current.store.remove_unpublished()
-        with Committer(
-            current, open_writer=_writer_opener(current, config), max_bad_fraction=config.max_bad_fraction
-        ) as committer:
-            if machinery is not None:
-                plans = (replan(shards, unit, rules, filters) for unit in claim(current, to_encode))
-                _encode_units(plans, to_encode, filters, committer, progress, config, shards, machinery)
-            for unit in units:
-                if not unit.num_clips:
-                    committer.commit(replan(shards, unit, rules, filters))
-            committer.check_any_rows()
-    return current, len(units)
+    with open_session(config, out, encoder.contract, board) as session:
+        progress = session.progress
+        progress.total = plan.num_clips
+        progress.message(_describe(plan, units, config, encoder.contract, session.rank))
+        if begun:
+            obey_earlier_stop(begun, config.max_bad_fraction)
+            _warn_of_other_versions(plan, progress, needed=bool(units))
+        session.checked()
+        to_encode = [unit for unit in units if unit.num_clips and not session.attempts.is_failed(unit.id)]
+        with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
+            current = begun or job.start_or_join(out, plan)
+            if units:
+                current.store.delete(job.SUCCESS, step="delete")  # it is not so any more
+            current.store.remove_unpublished()
+            with _committer(current, config, session, max_bad_fraction=config.max_bad_fraction) as committer:
+                if machinery is not None:
+                    all_units = [unit for unit in plan.units if unit.num_clips]
+                    _encode_units(all_units, "encode", rules, filters, committer, session, config, shards, machinery)
+                for unit in units:
+                    if not unit.num_clips and not current.is_done(unit.id):
+                        committer.commit(replan(shards, unit, rules, filters))
+                return end(current, session, committer, anew=not units)
 
 
 def _machinery(
@@ -167,19 +176,26 @@ def _start_machinery(config: EncodeConfig, rules: SamplingRules, encoder: Encode
 
 
 def _encode_units(
-    plans: Iterator[UnitPlan],
     units: Sequence[Unit],
+    name: str,
+    rules: SamplingRules,
     filters: Filters,
     committer: Committer,
-    progress: Progress,
+    session: Session,
     config: EncodeConfig,
     shards: Store,
     machinery: Machinery,
 ) -> None:
+    """Take units until all are settled, and encode and commit them."""
     pipeline, decoder, encoder = machinery.pipeline, machinery.decoder, machinery.encoder
-    _write_unconditional(committer.job, config, encoder)
-    with progress:
-        progress.already_done(progress.total - sum(unit.num_clips for unit in units))
+    current = committer.job
+    _write_unconditional(current, config, encoder)
+    left = set(current.not_done(unit.id for unit in units))
+    claims = session.claims(name, units, current, ahead=_clips_ahead(config))
+    with session.working(claims, pipeline) as fleet, sigterm_asks(claims.stop, seconds=config.grace_seconds) as stop:
+        fleet.begin(sum(unit.num_clips for unit in units if unit.id not in left))
+        by_id = {unit.id: unit for unit in units}
+        plans = (replan(shards, by_id[unit], rules, filters) for unit in claims)
         buffers = FrameBuffers(pin=config.device != "cpu")
         if encoder.contract.video is None:
             batches = batches_of_texts(plans)
@@ -187,11 +203,29 @@ def _encode_units(
             batch_size = config.preprocess_video_batch_size
             collated = collate(shards, plans, decoder, filters, buffers, batch_size=batch_size)
             batches = pipeline.stage("collate", collated, max_items=1)
-        encoded = encode_batches(batches, encoder, buffers, config, committer.job.plan.columns)
+        encoded = encode_batches(batches, encoder, buffers, config, current.plan.columns)
         for batch in pipeline.stage("encode", encoded, max_items=2):
-            committer.take(batch)
-            progress.advance(batch.num_samples)
-        progress.message(_stage_report(machinery))
+            record = committer.take(batch)
+            fleet.encoded(batch.num_samples)
+            if record is not None:
+                claims.finished(record.unit)
+                fleet.committed(by_id[record.unit].num_clips, record)
+                stop.obey()
+                session.obey_others(current)
+        stop.obey()
+        report = _stage_report(machinery, claims)
+        session.log.event("idle", report=report)
+        session.progress.message(report)
+
+
+def _clips_ahead(config: EncodeConfig) -> int:
+    """What must lie ready so that neither the decoding processes nor the encoder ever wait for a unit to be claimed."""
+    return _num_decoders(config) + 2 * config.preprocess_video_batch_size
+
+
+def _committer(current: Job, config: EncodeConfig, session: Session, *, max_bad_fraction: float | None) -> Committer:
+    opener = _writer_opener(current, config)
+    return Committer(current, open_writer=opener, max_bad_fraction=max_bad_fraction, board=session.board)
 
 
 def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardWriter]:
@@ -218,8 +252,7 @@ def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -
 def _open_decoder(config: EncodeConfig, rules: SamplingRules) -> Decoder:
     if config.serial or rules.workload_type == "text":
         return InlineDecoder()
-    cores = len(os.sched_getaffinity(0))
-    workers = config.dataloader_num_workers or max(1, cores // 2 if config.device == "cpu" else cores - 1)
+    workers = _num_decoders(config)
     return DecodePool(
         num_workers=workers,
         num_slots=workers + config.preprocess_video_batch_size,
@@ -229,7 +262,13 @@ def _open_decoder(config: EncodeConfig, rules: SamplingRules) -> Decoder:
     )
 
 
-def _describe(plan: JobPlan, units: Sequence[Unit], config: EncodeConfig, contract: LatentContract) -> str:
+def _num_decoders(config: EncodeConfig) -> int:
+    """Decoding processes: on a CPU the encoder needs as many cores."""
+    cores = max(1, len(os.sched_getaffinity(0)) // this_rank().local_world_size)
+    return config.dataloader_num_workers or max(1, cores // 2 if config.device == "cpu" else cores - 1)
+
+
+def _describe(plan: JobPlan, units: Sequence[Unit], config: EncodeConfig, contract: LatentContract, rank: Rank) -> str:
     dropped, bad = sum(unit.num_dropped for unit in plan.units), sum(unit.num_bad for unit in plan.units)
     what = count(plan.num_clips, "clip" if contract.video else "sample")
     rows = f" in {count(plan.num_rows, 'row')}" if plan.num_rows != plan.num_clips else ""
@@ -237,7 +276,7 @@ def _describe(plan: JobPlan, units: Sequence[Unit], config: EncodeConfig, contra
     lines = [
         f"{count(len(plan.units), 'shard')}, {len(plan.units) - len(units)} done; {what} planned{rows}, {dropped} "
         f"dropped, {bad} with a bad header; {large}the text embeddings; {contract.family} {contract.variant} model "
-        f"{contract.model}"
+        f"{contract.model}" + (f"; {count(rank.world_size, 'rank')}" if rank.world_size > 1 else "")
     ]
     if config.training_cfg_rate:
         lines.append(
@@ -256,15 +295,16 @@ def _warn_of_other_versions(plan: JobPlan, progress: Progress, *, needed: bool) 
             )
 
 
-def _stage_report(machinery: Machinery) -> str:
+def _stage_report(machinery: Machinery, claims: Claims) -> str:
     pipeline, stats = machinery.pipeline, machinery.decoder.stats
     encode_times = pipeline.stages[-1]
     encoding = f"encode {pipeline.busy_seconds(encode_times):.1f} s"
     writing = f"{encode_times.blocked_seconds:.1f} s for writing"
     if len(pipeline.stages) == 1:
         return f"busy: {encoding}; it waited {writing}"
+    read_seconds = max(0.0, stats.read_seconds - claims.waited_seconds)
     return (
-        f"busy: read {stats.read_seconds:.1f} s, decode {stats.decode_seconds:.1f} s in all processes, {encoding}; "
+        f"busy: read {read_seconds:.1f} s, decode {stats.decode_seconds:.1f} s in all processes, {encoding}; "
         f"it waited {pipeline.stages[0].starved_seconds:.1f} s for decoding and {writing}"
         + (f"; {count(stats.restarts, 'decoding process')} replaced" if stats.restarts else "")
         + (f"; {count(stats.sequential, 'clip')} that torchcodec misread decoded in order" if stats.sequential else "")

@@ -58,6 +58,10 @@ class LatentMismatch(Exception):
     """
 
 
+class UnitsSetAside(Exception):
+    """All is done but some units that kill every process that tries them: see `streamprep.attempts`."""
+
+
 class Stopped(BaseException):
     """A signal asked the job to stop; what is committed stays, the same command resumes it.
 

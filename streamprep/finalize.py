@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from streamprep.errors import TooManyBadSamples, UserError
 from streamprep.job import Job
 from streamprep.progress import count
 from streamprep.record import Record, named_files
+from streamprep.storage import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,12 @@ def is_finalized(current: Job) -> bool:
 def totals(current: Job) -> Totals:
     """What the committed units made."""
     return _total(list(current.records()))
+
+
+def read_totals(store: Store) -> Totals:
+    """What ``SUCCESS.json`` says."""
+    value = json.loads(store.read(job.SUCCESS))
+    return Totals(**{field.name: value[field.name] for field in dataclasses.fields(Totals)})
 
 
 def leftovers(current: Job) -> list[str]:

@@ -177,9 +177,14 @@ class Job:
         except FileNotFoundError:
             return None
 
-    def is_committed(self, unit: str) -> bool:
+    def is_done(self, unit: str) -> bool:
         """Whether a unit has a record."""
         return self.store.exists(f"{RECORDS}/{unit}.json")
+
+    def not_done(self, units: Iterable[str]) -> list[str]:
+        """Those of some units that have no record, in their order; one listing for all."""
+        finished = {entry.path for entry in self.store.list(RECORDS)}
+        return [unit for unit in units if f"{RECORDS}/{unit}.json" not in finished]
 
     def records(self) -> Iterator[Record]:
         """All records there are."""
@@ -194,8 +199,9 @@ class Job:
 
     def without_record(self, units: Iterable[Unit]) -> list[Unit]:
         """Those of some units that have none."""
-        finished = {entry.path for entry in self.store.list(RECORDS)}
-        return [unit for unit in units if f"{RECORDS}/{unit.id}.json" not in finished]
+        units = list(units)
+        left = set(self.not_done(unit.id for unit in units))
+        return [unit for unit in units if unit.id in left]
 
     def rounds(self) -> list[Round]:
         """The retries there are, finished or not, the first one first."""

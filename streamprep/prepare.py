@@ -41,7 +41,7 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
     plan = JobPlan(
         shards=shards.url,
         fingerprint=fingerprint(config, contract, manifest),
-        config=asdict(config),
+        config={field.name: getattr(config, field.name) for field in fields(EncodeSettings)},
         contract=contract.to_json(),
         data_folder=exporter.FOLDER,
         units=tuple(sorted(units, key=lambda unit: (-unit.num_clips, unit.id))),

@@ -20,18 +20,22 @@ class Progress:
         total: How many in all.
         unit: What is counted, in the plural.
         verb: What is being done: ``packing``.
+        quiet: Show nothing, as another process does it for all.
     """
 
-    def __init__(self, *, total: int, unit: str, verb: str) -> None:
+    def __init__(self, *, total: int, unit: str, verb: str, quiet: bool = False) -> None:
         self.total = total
+        self._quiet = quiet
         self._unit, self._verb = unit, verb
         self._done = 0
         self._done_before: int | None = None
         self._started = self._last_line = time.monotonic()
-        self._bar = _bar(verb, unit, total) if sys.stderr.isatty() else None
+        self._bar = _bar(verb, unit, total) if sys.stderr.isatty() and not quiet else None
 
     def message(self, text: str) -> None:
         """Say something, above the bar if there is one."""
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -49,11 +53,22 @@ class Progress:
         if self._done_before is None:
             self._done_before = self._done
         self._done += count
+        self._show("")
+
+    def reached(self, done: int, remark: str) -> None:
+        """Count what all processes have done; say something with it."""
+        if done > self._done and self._done_before is None:
+            self._done_before = self._done
+        self._done = min(done, self.total)
+        self._show(remark)
+
+    def _show(self, remark: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, rate=f"{self._rate():.2f}/s")
+            rate = f"{self._rate():.2f}/s" + (f"; {remark}" if remark else "")
+            self._bar.update(self._bar.task_ids[0], completed=self._done, rate=rate)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.message(self._line())
+            self.message(self._line() + (f"; {remark}" if remark else ""))
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

@@ -15,13 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from streamprep import job
+from streamprep.attempts import Attempts, Worker
 from streamprep.commit import Committer
-from streamprep.config import EncodeConfig, RetryConfig
-from streamprep.errors import BAD_REASONS, TooManyBadSamples, UserError
+from streamprep.config import EncodeConfig, LaunchSettings, RetryConfig
+from streamprep.errors import BAD_REASONS, TooManyBadSamples, UnitsSetAside, UserError
 from streamprep.finalize import Totals, finalize, is_finalized, totals
 from streamprep.job import Job, JobPlan, Round, Unit, open_job
 from streamprep.progress import count
 from streamprep.record import BadClip
+from streamprep.session import describe_failed
 from streamprep.storage import open_store
 
 _ANEW = (
@@ -57,15 +59,24 @@ def retry(config: RetryConfig) -> Retried:
 
     Raises:
         UserError: before anything is written.
+        UnitsSetAside: if all is done but what kills every process that tries it.
     """
     for reason in config.reason:
         if reason not in BAD_REASONS:
             raise UserError(f"--reason {reason}: there is no such reason; one of {', '.join(BAD_REASONS)}")
     current = open_job(open_store(config.out))
+    attempts = Attempts(current.store, job.FOLDER, Worker.this())
+    if config.failed:
+        attempts.forget(attempts.failed())
+        _encode_units_of_the_plan(config, current)
     bad = current.bad_clips()
-    chosen = _begun(current, config.reason, bad) or _plan_round(current, config.reason, bad)
+    chosen = _begun(current, config.reason, bad)
+    if chosen is None and not config.failed:
+        chosen = _plan_round(current, config.reason, bad)
     if chosen is not None:
         _encode(config, current, chosen)
+    if failed := attempts.failed():
+        raise UnitsSetAside(describe_failed(failed))
     stopped = _settle_stop(current, config.max_bad_fraction)
     unfinished = len(current.unfinished())
     if not (stopped or unfinished or is_finalized(current)):
@@ -84,8 +95,10 @@ def settings(plan: JobPlan, config: RetryConfig) -> EncodeConfig:
     """The job's own, but for what does not decide what is encoded."""
     kept = {field.name: plan.config[field.name] for field in fields(EncodeConfig) if field.name in plan.config}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    launch = {field.name: getattr(config, field.name) for field in fields(LaunchSettings)}
     anew = {name: value for name in _ANEW if (value := getattr(config, name)) is not None}
-    return EncodeConfig(**kept | {"shards": plan.shards, "out": config.out, "serial": config.serial} | anew)
+    given = {"shards": plan.shards, "out": config.out, "serial": config.serial}
+    return EncodeConfig(**kept | launch | given | anew)
 
 
 def _begun(current: Job, reasons: Sequence[str], bad: Mapping[tuple[str, str], BadClip]) -> Round | None:
@@ -145,9 +158,17 @@ def _retry_of(unit: Unit, number: int, clips: Sequence[BadClip]) -> Unit:
 def _encode(config: RetryConfig, current: Job, chosen: Round) -> None:
     from streamprep.encode import encode_again
 
-    units = current.without_record(chosen.units)
-    if units:
-        encode_again(settings(current.plan, config), current, units, title=_title(chosen, units))
+    left = current.without_record(chosen.units)
+    if left:
+        title = _title(chosen, left)
+        encode_again(settings(current.plan, config), current, chosen.units, name=chosen.name, title=title)
+
+
+def _encode_units_of_the_plan(config: RetryConfig, current: Job) -> None:
+    from streamprep.encode import encode
+
+    if current.unfinished():
+        encode(settings(current.plan, config))
 
 
 def _title(chosen: Round, units: Sequence[Unit]) -> str:

@@ -12,6 +12,8 @@ from streamprep.config import EncodeConfig, EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.encoders import EncodeOptions, open_encoder
 from streamprep.errors import UserError
+from streamprep.progress import count
+from streamprep.ranks import this_rank
 from streamprep.storage import Store
 
 
@@ -61,7 +63,7 @@ def options_of(config: EncodeSettings) -> EncodeOptions:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -70,15 +72,29 @@ def _device(name: str) -> torch.device:
         raise UserError(f"--device {name}: cpu or cuda is needed")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} finds no GPU")
-    return device
+    return _own_gpu() if name == "cuda" else device
+
+
+def _own_gpu() -> torch.device:
+    """Of several ranks on a machine each has its own; a launcher may show each only its own."""
+    rank, num_gpus = this_rank(), torch.cuda.device_count()
+    if rank.local_world_size == 1 or (num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ):
+        return torch.device("cuda")
+    if rank.local_number >= num_gpus:
+        raise UserError(
+            f"this machine has {count(num_gpus, 'GPU')} and {rank.local_world_size} ranks: start one for each GPU, or "
+            "say --device cpu"
+        )
+    torch.cuda.set_device(rank.local_number)
+    return torch.device("cuda", rank.local_number)
 
 
 def _encode_threads(config: EncodeConfig, out: Store) -> int:
-    """As asked for; else as the job began, since the number of threads may change the last bits; else all cores."""
+    """As asked for; else as the job began, as threads may change the last bits; else this rank's share of the cores."""
     if config.encode_threads:
         return config.encode_threads
     if out.exists(job.PLAN):
         began = job.open_job(out).plan.fingerprint.get("model", {}).get("encode_threads")
         if began:
             return int(began)
-    return len(os.sched_getaffinity(0))
+    return max(1, len(os.sched_getaffinity(0)) // this_rank().local_world_size)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from streamprep import job
+from streamprep.attempts import Attempt, Attempts, Worker
 from streamprep.finalize import Totals, is_finalized, totals
 from streamprep.job import Job, Round
 from streamprep.progress import by_reason, count, size
+from streamprep.session import describe_failed
 
 _EXAMPLES = 3
 
@@ -23,6 +26,12 @@ def describe(current: Job) -> Iterator[str]:
     clips = plan.num_clips - sum(unit.num_clips for unit in units)
     yield f"samples  {clips} of {plan.num_clips} done"
     yield f"output   {count(result.num_rows, 'row')}, {count(result.num_files, 'file')}, {size(result.size_bytes)}"
+    attempts = Attempts(current.store, job.FOLDER, Worker.this())
+    open_ones = [one for all_of_it in attempts.all().values() for one in all_of_it if one.ended is None]
+    yield from (f"at work  {describe_attempt(one, attempts.worker)}" for one in open_ones)
+    failed = attempts.failed()
+    if failed:
+        yield f"failed   {describe_failed(failed)}"
     yield from (f"retry    {describe_round(current, one)}" for one in current.rounds())
     decoders = job.total(record.decoders for record in current.records())
     if decoders:
@@ -32,6 +41,12 @@ def describe(current: Job) -> Iterator[str]:
     if stopped is not None:
         yield f"stopped  {stopped['message']}"
     yield f"state    {state(current)}"
+
+
+def describe_attempt(one: Attempt, seen_by: Worker) -> str:
+    """Who is at a unit, or was when it died."""
+    gone = " (gone: another one will take it)" if one.by.is_gone(seen_by=seen_by) else ""
+    return f"{one.unit} by {one.by.name} since {one.began}{gone}"
 
 
 def describe_round(current: Job, one: Round) -> str:
@@ -47,7 +62,7 @@ def describe_round(current: Job, one: Round) -> str:
 
 
 def state(current: Job) -> str:
-    """One word or two: ``done``, ``too many bad samples``, ``unfinished``."""
+    """One word or two: ``done``, ``too many bad samples``, ``failed``, ``unfinished``."""
     begun = [one for one in current.rounds() if current.without_record(one.units)]
     if begun:
         return f"retry {begun[0].name} unfinished: run `streamprep retry` again to go on"
@@ -55,16 +70,27 @@ def state(current: Job) -> str:
         return "done"
     if current.stop_reason() is not None:
         return "too many bad samples"
+    if _only_failed_left(current):
+        return "failed: all is done but what was set aside"
     return "unfinished: run the same command again to go on"
 
 
 def exit_code(current: Job) -> int:
-    """What the job itself would exit with: 0 done, 3 too many bad samples, 4 resumable."""
+    """What the job itself would exit with: 0 done, 1 failed, 3 too many bad samples, 4 resumable."""
+    if current.stop_reason() is not None and not is_finalized(current):
+        return 3
+    if _only_failed_left(current):
+        return 1
     if any(current.without_record(one.units) for one in current.rounds()):
         return 4
-    if is_finalized(current):
-        return 0
-    return 3 if current.stop_reason() is not None else 4
+    return 0 if is_finalized(current) else 4
+
+
+def _only_failed_left(current: Job) -> bool:
+    """Whether some units were set aside, and nothing else is to be done."""
+    failed = set(Attempts(current.store, job.FOLDER, Worker.this()).failed())
+    left = itertools.chain(current.unfinished(), *(current.without_record(one.units) for one in current.rounds()))
+    return bool(failed) and all(unit.id in failed for unit in left)
 
 
 def _reasons(current: Job, result: Totals) -> Iterator[str]:

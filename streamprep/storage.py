@@ -99,15 +99,19 @@ class Store:
         """Of a file; `FileNotFoundError` if there is none."""
         return self._resolve(path).stat().st_size
 
-    def list(self, folder: str = "") -> Iterator[FileEntry]:
-        """The files directly in a folder, sorted by name; nothing if there is no such folder."""
+    def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
+        """The files directly in a folder whose names begin so, sorted; nothing if there is no such folder."""
         try:
             with os.scandir(self._resolve(folder) if folder else self.root) as scan:
-                entries = sorted((entry for entry in scan if entry.is_file()), key=lambda entry: entry.name)
+                found = (entry for entry in scan if entry.name.startswith(prefix) and entry.is_file())
+                entries = sorted(found, key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
-            status = entry.stat()
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # another process has removed it
+                continue
             yield FileEntry(str(PurePosixPath(folder, entry.name)), status.st_size, str(status.st_mtime_ns))
 
     def free_bytes(self) -> int:

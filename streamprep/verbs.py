@@ -10,6 +10,7 @@ from streamprep.config import (
     EncodeSettings,
     FinalizeConfig,
     IndexConfig,
+    LaunchSettings,
     PackConfig,
     PackSettings,
     PlanConfig,
@@ -23,6 +24,7 @@ from streamprep.job import PLAN, open_job
 from streamprep.manifest import MANIFEST
 from streamprep.pack import pack as pack_dataset
 from streamprep.progress import by_reason, count, size
+from streamprep.ranks import this_rank
 from streamprep.storage import open_store
 
 if TYPE_CHECKING:
@@ -70,7 +72,9 @@ def encode(config: EncodeConfig) -> int:
     """Encode and print the totals."""
     from streamprep.encode import encode as encode_shards
 
-    _print_totals(encode_shards(config), config.out)
+    totals = encode_shards(config)
+    if this_rank().number == 0:
+        _print_totals(totals, config.out)
     return 0
 
 
@@ -85,10 +89,13 @@ def run(config: RunConfig) -> int:
             **_settings(config, PackSettings),
         )
     )
-    return encode(EncodeConfig(shards=shards, out=config.out, **_settings(config, EncodeSettings)))
+    settings = _settings(config, EncodeSettings) | _settings(config, LaunchSettings)
+    return encode(EncodeConfig(shards=shards, out=config.out, **settings))
 
 
-def _settings(config: RunConfig, kind: type[EncodeSettings] | type[PackSettings]) -> dict[str, Any]:
+def _settings(
+    config: RunConfig, kind: type[EncodeSettings] | type[PackSettings] | type[LaunchSettings]
+) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(kind)}
 
 

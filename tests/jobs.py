@@ -18,6 +18,7 @@ from forks import Forks, Process
 
 from streamprep.crashpoints import VARIABLE
 from streamprep.job import Job, open_job
+from streamprep.session import LOGS
 from streamprep.storage import Store
 from streamprep.verify import verify_job
 
@@ -73,8 +74,8 @@ class EncodeJob:
         return len(list((self.out / "_streamprep/records").glob("*.json")))
 
     def result(self) -> dict[str, str]:
-        """Every file with its content's digest, leaving out what may differ between two runs: paths and seconds."""
-        result = {name: digest for name, (_, digest) in self.files().items()}
+        """Every file with its content's digest, leaving out what may differ between two runs: paths, seconds, logs."""
+        result = {name: digest for name, (_, digest) in self.files().items() if not name.startswith(LOGS)}
         del result["_streamprep/plan.json"]
         for record in self.job.records():
             value = json.loads(record.to_json())

@@ -1,0 +1,305 @@
+"""Who is at which unit, and what became of those who were: small files, one for each time a unit is taken.
+
+``attempts/000012-3fa9c1d2.json`` is written when process 3fa9c1d2 takes unit 000012, and removed when the unit has its
+record. While it lies there the process is at it, has died at it, or says in it how it ended. So whoever comes later, in
+the same run or the next one, knows which units are worth waiting for, which are free, and which have killed so many
+that they are set aside: ``failed/000012.json``, with the attempts as evidence.
+
+This saves work and never decides what is committed: two processes at one unit waste work and change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import json
+import os
+import socket
+import tempfile
+import traceback
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from streamprep import canonical
+from streamprep.storage import Store
+
+How = Literal["stopped", "exception", "signal", "machine", "vanished"]
+"""How an attempt ended: a signal asked to stop, an error, a crash, trouble of the machine, or without a word."""
+
+_TOLD_DEATHS, _DEATHS = 2, 5
+_TOLD: tuple[How, ...] = ("exception", "signal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One process, so described that others can tell whether it still lives."""
+
+    token: str
+    """Drawn anew by every process."""
+    host: str
+    machine: str
+    """Which processes can see it: of the same boot and the same namespace of process ids."""
+    pid: int
+    started: str
+    """As the kernel counts it, so that a later process of the same number is not taken for it."""
+    rank: int
+
+    @classmethod
+    def this(cls, rank: int = 0) -> Worker:
+        """This process."""
+        return cls(
+            token=uuid.uuid4().hex[:12],
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            started=_started(os.getpid()) or "",
+            rank=rank,
+        )
+
+    def is_gone(self, *, seen_by: Worker) -> bool:
+        """Whether it is known to have ended; only who shares its machine can know."""
+        return self.machine == seen_by.machine and _started(self.pid) != self.started
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How an attempt ended, if not with a record."""
+
+    how: How
+    message: str = ""
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One process at one unit."""
+
+    unit: str
+    by: Worker
+    number: int
+    """Among those of its process."""
+    began: str
+    """UTC; for people, no clocks are compared."""
+    alone: bool
+    """Whether its process had no other unit at hand: if it dies, it is this unit's doing, or nobody's."""
+    ended: Ended | None = None
+
+    @property
+    def deters(self) -> bool:
+        """Whether it speaks against taking the unit before all others."""
+        return self.ended is None or self.ended.how != "stopped"
+
+    def to_json(self) -> bytes:
+        """The content of its file."""
+        return canonical.to_pretty_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Attempt:
+        """The reverse of `to_json`."""
+        value = json.loads(data)
+        ended = value.pop("ended")
+        return cls(by=Worker(**value.pop("by")), ended=Ended(**ended) if ended else None, **value)
+
+
+class Attempts:
+    """The files of one folder; safe to use from several threads.
+
+    Args:
+        store: Where.
+        folder: For ``attempts/`` and ``failed/``.
+        worker: This process.
+    """
+
+    def __init__(self, store: Store, folder: str, worker: Worker) -> None:
+        self.worker = worker
+        self._store = store
+        self._attempts, self._failed = f"{folder}/attempts", f"{folder}/failed"
+        self._seen: dict[str, tuple[str, Attempt]] = {}
+        self._number = 0
+
+    # --- taking
+
+    def begin(self, unit: str, *, alone: bool) -> Attempt:
+        """Say that this process is at a unit."""
+        self._number += 1
+        attempt = Attempt(
+            unit=unit,
+            by=self.worker,
+            number=self._number,
+            began=datetime.now(UTC).isoformat(timespec="seconds"),
+            alone=alone,
+        )
+        self._store.put(self._path(attempt), attempt.to_json(), step="attempt")
+        return attempt
+
+    def withdraw(self, attempt: Attempt) -> None:
+        """The unit has its record, or another process keeps it."""
+        self._store.delete(self._path(attempt), step="withdraw")
+
+    def end(self, attempt: Attempt, ended: Ended) -> None:
+        """Say how an attempt ended; set the unit aside if that was once too often."""
+        self._store.put(self._path(attempt), dataclasses.replace(attempt, ended=ended).to_json(), step="attempt")
+        if ended.how != "stopped":
+            self._judge(attempt.unit)
+
+    # --- looking
+
+    def of(self, unit: str) -> list[Attempt]:
+        """Those of one unit."""
+        return self._read(f"{unit}-")
+
+    def all(self) -> dict[str, list[Attempt]]:
+        """Those of every unit that has any."""
+        found: dict[str, list[Attempt]] = {}
+        for attempt in self._read(""):
+            found.setdefault(attempt.unit, []).append(attempt)
+        return found
+
+    def conclude(self, attempts: Iterable[Attempt]) -> list[Attempt]:
+        """The same; those whose process has died, as is seen from here, with their end, which is noted."""
+        concluded = []
+        for attempt in attempts:
+            if attempt.ended is None and attempt.by.is_gone(seen_by=self.worker):
+                told = _last_words(attempt.by)
+                ended = Ended(how="signal", message=told.partition("\n")[0], traceback=told) if told else _VANISHED
+                self.end(attempt, ended)
+                attempt = dataclasses.replace(attempt, ended=ended)
+            concluded.append(attempt)
+        return concluded
+
+    def failed(self) -> dict[str, list[Attempt]]:
+        """The units that are set aside, with what happened to those who tried."""
+        found = {}
+        for entry in self._store.list(self._failed):
+            unit = PurePosixPath(entry.path).name.removesuffix(".json")
+            found[unit] = [
+                Attempt.from_json(canonical.to_json(one)) for one in json.loads(self._store.read(entry.path))
+            ]
+        return found
+
+    def is_failed(self, unit: str) -> bool:
+        """Whether it is set aside."""
+        return self._store.exists(f"{self._failed}/{unit}.json")
+
+    # --- clearing
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Remove what is known of some units: they have their records, or are to be tried as if for the first time."""
+        wanted = set(units)
+        for entry in list(self._store.list(self._attempts)):
+            if PurePosixPath(entry.path).name.rpartition("-")[0] in wanted:
+                self._store.delete(entry.path, step="withdraw")
+        for unit in wanted:
+            if self.is_failed(unit):
+                self._store.delete(f"{self._failed}/{unit}.json", step="withdraw")
+
+    def _judge(self, unit: str) -> None:
+        attempts = [attempt for attempt in self.of(unit) if attempt.ended and attempt.ended.how != "stopped"]
+        told = sum(attempt.ended is not None and attempt.ended.how in _TOLD for attempt in attempts)
+        if told >= _TOLD_DEATHS or sum(attempt.alone for attempt in attempts) >= _DEATHS:
+            evidence = canonical.to_pretty_json([dataclasses.asdict(attempt) for attempt in attempts])
+            self._store.put_if_absent(f"{self._failed}/{unit}.json", evidence, step="failed")
+
+    def _read(self, prefix: str) -> list[Attempt]:
+        found = []
+        for entry in self._store.list(self._attempts, prefix=prefix):
+            name = PurePosixPath(entry.path).name
+            if not name.endswith(".json"):
+                continue
+            version, attempt = self._seen.get(name, ("", None))
+            if attempt is None or version != entry.version:
+                try:
+                    attempt = Attempt.from_json(self._store.read(entry.path))
+                except FileNotFoundError:
+                    continue  # withdrawn just now
+                self._seen[name] = (entry.version, attempt)
+            found.append(attempt)
+        return found
+
+    def _path(self, attempt: Attempt) -> str:
+        return f"{self._attempts}/{attempt.unit}-{attempt.by.token}.json"
+
+
+def describe_end(ended: Ended) -> str:
+    """In a few words."""
+    return {
+        "stopped": "was stopped",
+        "exception": f"failed: {ended.message}",
+        "signal": f"crashed: {ended.message}",
+        "machine": f"met trouble of the machine: {ended.message}",
+        "vanished": "ended without a word: killed, by the system for its memory perhaps",
+    }[ended.how]
+
+
+def what_happened(error: BaseException) -> Ended:
+    """An error as the end of an attempt."""
+    text = "".join(traceback.format_exception(error))
+    lines = str(error).strip().splitlines()
+    message = f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]
+    return Ended(how="machine" if _is_of_the_machine(error) else "exception", message=message, traceback=text[-8000:])
+
+
+_VANISHED = Ended(how="vanished")
+
+
+class LastWords:
+    """While it lasts, a crash of this process (SIGSEGV, SIGABRT, ...) leaves its stack for `Attempts.conclude`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._path = _last_words_file(worker)
+
+    def __enter__(self) -> LastWords:
+        self._takes_over = not faulthandler.is_enabled()
+        if self._takes_over:
+            self._file = open(self._path, "w")
+            faulthandler.enable(self._file)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._takes_over:
+            faulthandler.disable()
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+
+
+def _last_words(worker: Worker) -> str:
+    path = _last_words_file(worker)
+    try:
+        words = path.read_text(errors="replace")[:8000]
+        path.unlink(missing_ok=True)
+    except OSError:
+        return ""
+    return words
+
+
+def _last_words_file(worker: Worker) -> Path:
+    return Path(tempfile.gettempdir()) / f"streamprep-{worker.pid}-{worker.token}.crash"
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    from torch import AcceleratorError, OutOfMemoryError
+
+    return isinstance(error, (AcceleratorError, OutOfMemoryError, MemoryError, OSError))
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 - it is a link to no file
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks since the boot; None if there is none, or only what is left of one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,207 @@
+"""What one rank brings to a run, beside the model: who it is, its board and log, its claims; and how a run ends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamprep import job
+from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_end
+from streamprep.board import Board, BoardGone, open_board
+from streamprep.claims import Claims, Timing
+from streamprep.commit import Committer
+from streamprep.config import EncodeConfig
+from streamprep.contract import LatentContract
+from streamprep.errors import TooManyBadSamples, UnitsSetAside
+from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_totals
+from streamprep.fleet import Fleet
+from streamprep.job import Job, Unit
+from streamprep.pipeline import Pipeline
+from streamprep.progress import Progress, count
+from streamprep.ranklog import RankLog
+from streamprep.ranks import Rank, this_rank
+from streamprep.storage import Store
+
+LOGS = f"{job.FOLDER}/logs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One rank in a run."""
+
+    rank: Rank
+    worker: Worker
+    board: Board
+    attempts: Attempts
+    log: RankLog
+    progress: Progress
+    timing: Timing
+
+    def claims(self, name: str, units: Sequence[Unit], current: Job, *, ahead: int) -> Claims:
+        """Units for this rank.
+
+        Args:
+            name: Of the list.
+            units: All of it.
+            current: Knows which are done.
+            ahead: Clips to hold beside those of the unit at hand.
+        """
+        return Claims(
+            [unit.id for unit in units],
+            current,
+            self.attempts,
+            self.board,
+            name=name,
+            sizes={unit.id: unit.num_clips for unit in units},
+            ahead=ahead,
+            timing=self.timing,
+            log=self.log,
+            check=lambda: self.obey_others(current),
+        )
+
+    @contextmanager
+    def working(self, claims: Claims, pipeline: Pipeline) -> Iterator[Fleet]:
+        """While units are encoded: tells the others; lets go of what is open at the end."""
+        fleet = Fleet(
+            board=self.board,
+            rank=self.rank,
+            worker=self.worker,
+            log=self.log,
+            progress=self.progress,
+            open_units=lambda: claims.open_units,
+        )
+        fleet.work.waits = lambda: _waits(pipeline)
+        self.log.begin()
+        with LastWords(self.worker), fleet, claims:
+            yield fleet
+
+    def checked(self) -> None:
+        """Tell the launcher that the command can be run: other ranks would not find it wrong either."""
+        with suppress(BoardGone):
+            self.board.add("checked", 1)
+
+    def obey_others(self, current: Job) -> None:
+        """Stop if another rank has found that too many samples are bad.
+
+        Raises:
+            TooManyBadSamples: with what it found.
+        """
+        stopped = current.stop_reason()
+        if stopped is not None:
+            raise TooManyBadSamples(stopped["message"])
+
+
+@contextmanager
+def open_session(
+    config: EncodeConfig, out: Store, contract: LatentContract, board: Board | None = None
+) -> Iterator[Session]:
+    """This process as a rank, as its launcher says."""
+    rank = this_rank()
+    worker = Worker.this(rank.number)
+    with RankLog(Path(config.log_dir) if config.log_dir else out.root / LOGS, worker) as log:
+        log.event("start", host=worker.host, process=worker.pid, world_size=rank.world_size, device=config.device)
+        try:
+            yield Session(
+                rank=rank,
+                worker=worker,
+                board=board or open_board(rank),
+                attempts=Attempts(out, job.FOLDER, worker),
+                log=log,
+                progress=Progress(
+                    total=0,
+                    unit="clips" if contract.video else "samples",
+                    verb="encoding",
+                    quiet=rank.number != 0,
+                ),
+                timing=Timing.of(config.stale_seconds, world_size=rank.world_size),
+            )
+        except BaseException as error:
+            log.event("end", error=type(error).__name__, message=str(error))
+            raise
+        log.event("end")
+
+
+def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> Totals:
+    """Finalize a job whose units are all settled; of several ranks one does, the others wait for it.
+
+    Args:
+        current: The job.
+        session: This rank.
+        committer: Knows the limit of bad samples.
+        anew: Whether nothing was to be done: then it was finalized before, and is looked at once more.
+
+    Raises:
+        UnitsSetAside: if some are not done and never will be.
+        TooManyBadSamples: if no sample of the whole job was good.
+    """
+    failed = session.attempts.failed()
+    if failed:
+        raise UnitsSetAside(describe_failed(failed))
+    if anew and session.rank.number == 0 and not (is_finalized(current) and not leftovers(current)):
+        current.store.delete(job.SUCCESS, step="delete")
+    claims = Claims(
+        [_FINALIZE],
+        _Finalized(current.store),
+        session.attempts,
+        session.board,
+        name=_FINALIZE,
+        timing=session.timing,
+        log=session.log,
+        blame=False,
+    )
+    tidies = session.rank.number == 0
+    with claims:
+        for turn in claims:
+            tidies = True
+            committer.check_any_rows()
+            result = finalize(current)
+            session.log.event("finalized", num_rows=result.num_rows)
+            claims.finished(turn)
+    if tidies:
+        units = (unit.id for unit in itertools.chain(current.plan.units, *(one.units for one in current.rounds())))
+        session.attempts.forget([*units, _FINALIZE])
+    return read_totals(current.store)
+
+
+def describe_failed(failed: Mapping[str, Sequence[Attempt]]) -> str:
+    """Which units are set aside, and why."""
+    lines = [
+        f"{count(len(failed), 'unit')} set aside: every process that tried has died. The rest is done; "
+        "`streamprep retry OUT --failed` tries again"
+    ]
+    for unit, attempts in failed.items():
+        last = attempts[-1]
+        how = describe_end(last.ended or Ended(how="vanished"))
+        lines.append(f"  {unit}: {count(len(attempts), 'time')}; the last, {last.by.name}, {how}")
+    return "\n".join(lines)
+
+
+_FINALIZE = "finalize"
+
+
+class _Finalized:
+    """Whether the job is finalized, as a ledger of the one unit that is."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def is_done(self, unit: str) -> bool:
+        return self._store.exists(job.SUCCESS)
+
+    def not_done(self, units: Iterable[str]) -> list[str]:
+        return [unit for unit in units if not self.is_done(unit)]
+
+
+def _waits(pipeline: Pipeline) -> dict[str, float]:
+    """Seconds that the encoder worked, or waited for decoding or for writing."""
+    if not pipeline.stages:
+        return {}
+    encode = pipeline.stages[-1]
+    return {
+        "decode": pipeline.stages[0].starved_seconds if len(pipeline.stages) > 1 else 0.0,
+        "encode": max(0.0, pipeline.busy_seconds(encode)),
+        "write": encode.blocked_seconds,
+    }

@@ -1,0 +1,83 @@
+"""What SIGTERM and Ctrl-C do to a command: leave it tidily, at once or, for SIGTERM, after what is at hand."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from streamprep.errors import Stopped
+
+_asked: StopRequest | None = None
+
+
+@dataclass
+class StopRequest:
+    """SIGTERM, while `sigterm_asks` lasts."""
+
+    ask: Callable[[], None]
+    seconds: float
+    message: str | None = None
+    """What came, if it came."""
+
+    def obey(self) -> None:
+        """Raise `Stopped` if it came."""
+        if self.message is not None:
+            raise Stopped(self.message)
+
+
+@contextmanager
+def signals_raise_stopped(*, then: str) -> Iterator[None]:
+    """SIGTERM and Ctrl-C leave a command between any two steps, tidily; a second one does not wait for that.
+
+    Args:
+        then: What can be done afterwards, for the message.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        message = f"stopped by {signal.Signals(number).name}; {then}"
+        if number != signal.SIGTERM or _asked is None:
+            raise Stopped(message)
+
+        def too_late(number: int, frame: FrameType | None) -> None:
+            raise Stopped(message)
+
+        signal.signal(signal.SIGALRM, too_late)
+        signal.setitimer(signal.ITIMER_REAL, _asked.seconds)
+        _asked.message = message
+        _asked.ask()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    alarm = signal.getsignal(signal.SIGALRM)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in {**before, signal.SIGALRM: alarm}.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_asks(ask: Callable[[], None], *, seconds: float) -> Iterator[StopRequest]:
+    """While it lasts, SIGTERM calls a function, and raises `Stopped` only if the block still runs after a while.
+
+    Args:
+        ask: Called in the main thread, between any two steps of it.
+        seconds: How long the block may then go on; 0 raises `Stopped` at once, without asking.
+    """
+    global _asked
+    request = StopRequest(ask, seconds)
+    _asked = request if seconds else None
+    try:
+        yield request
+    finally:
+        _asked = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
