@@ -25,6 +25,7 @@ from streamprep.manifest import MANIFEST
 from streamprep.pack import pack as pack_dataset
 from streamprep.progress import by_reason, count, size
 from streamprep.ranks import this_rank
+from streamprep.session import check_worth_a_restart
 from streamprep.storage import open_store
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def index(config: IndexConfig) -> int:
 
 def encode(config: EncodeConfig) -> int:
     """Encode and print the totals."""
+    check_worth_a_restart(config)
     from streamprep.encode import encode as encode_shards
 
     totals = encode_shards(config)

@@ -52,8 +52,13 @@ class EncodeJob:
     ) -> Process:
         """Start ``streamprep encode``; a flag is given as its field, ``serial=True`` or ``num_frames=9``."""
         environment = {**environment, **({VARIABLE: crash_at} if crash_at else {})}
+        _, _, *arguments = self.command(shards=shards, **flags)
+        return self._forks.start(*arguments, environment=environment)
+
+    def command(self, *, shards: Path | None = None, **flags: object) -> list[object]:
+        """The same as Python's arguments, for other ways to start it."""
         flags = {"model_path": self._model, **FLAGS, **flags}
-        return self._forks.start("encode", shards or self._shards, self.out, *_flags(flags), environment=environment)
+        return ["-m", "streamprep", "encode", shards or self._shards, self.out, *_flags(flags)]
 
     def run(self, **how: object) -> Process:
         """The same, and wait until it has ended."""
