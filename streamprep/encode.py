@@ -103,6 +103,7 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, n
     with open_session(config, current.store, encoder.contract) as session:
         session.progress.total = sum(unit.num_clips for unit in units)
         session.progress.message(title)
+        session.checked()
         _warn_of_other_versions(current.plan, session.progress, needed=True)
         with _start_machinery(config, rules, encoder) as machinery:
             current.store.remove_unpublished()

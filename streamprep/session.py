@@ -161,9 +161,15 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
             session.log.event("finalized", num_rows=result.num_rows)
             claims.finished(turn)
     if tidies:
-        units = (unit.id for unit in itertools.chain(current.plan.units, *(one.units for one in current.rounds())))
-        session.attempts.forget([*units, _FINALIZE])
+        tidy(current, session.attempts)
     return read_totals(current.store)
+
+
+def tidy(current: Job, attempts: Attempts) -> None:
+    """Remove the marks of units that are done."""
+    units = [unit.id for unit in itertools.chain(current.plan.units, *(one.units for one in current.rounds()))]
+    left = set(current.not_done(units))
+    attempts.forget([*(unit for unit in units if unit not in left), _FINALIZE])
 
 
 def check_worth_a_restart(config: EncodeConfig) -> None:
