@@ -44,7 +44,7 @@ main() {
 }
 
 install_slurm() {
-    if ! command -v slurmctld slurmd sbatch munged >/dev/null; then
+    if ! type slurmctld slurmd sbatch munged >/dev/null 2>&1; then
         apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
     fi
