@@ -161,7 +161,10 @@ class StandIn:
     """An encoder that takes its time and computes nothing: a `streamprep.encoders.Encoder`."""
 
     def __init__(self, seconds_per_clip: float, *, num_frames: int) -> None:
+        from streamprep.out_of_memory import BatchLimits
+
         self.contract = _contract()
+        self.limits = BatchLimits()
         self.busy_seconds = 0.0
         self.first_batch: float | None = None
         """When encoding began."""

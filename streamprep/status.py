@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from streamprep import job
 from streamprep.attempts import Attempt, Attempts, Worker
 from streamprep.finalize import Totals, is_finalized, totals
 from streamprep.job import Job, Round
-from streamprep.progress import by_reason, count, size
+from streamprep.progress import by_reason, count, size, too_large
 from streamprep.session import describe_failed, only_failed_left
 
 _EXAMPLES = 3
@@ -35,6 +35,8 @@ def describe(current: Job) -> Iterator[str]:
     decoders = job.total(record.decoders for record in current.records())
     if decoders:
         yield f"decoded  {', '.join(f'{number} by {name}' for name, number in decoders.items())}"
+    if halved := _fewest(record.halved for record in current.records()):
+        yield f"memory   {too_large(halved)}"
     yield from _reasons(current, result)
     stopped = current.stop_reason()
     if stopped is not None:
@@ -83,6 +85,14 @@ def exit_code(current: Job) -> int:
     if any(current.without_record(one.units) for one in current.rounds()):
         return 4
     return 0 if is_finalized(current) else 4
+
+
+def _fewest(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The smallest of each name's."""
+    fewest: dict[str, int] = {}
+    for one in counts:
+        fewest |= {name: min(number, fewest.get(name, number)) for name, number in one.items()}
+    return dict(sorted(fewest.items()))
 
 
 def _reasons(current: Job, result: Totals) -> Iterator[str]:
