@@ -100,7 +100,7 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, n
     manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
     job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
     filters = open_filters(shards, manifest, rules)
-    with open_session(config, current.store, encoder.contract) as session:
+    with open_session(config, current.store, encoder.contract, heeds_stop=False) as session:
         session.progress.total = sum(unit.num_clips for unit in units)
         session.progress.message(title)
         session.checked()

@@ -39,6 +39,8 @@ class Session:
     log: RankLog
     progress: Progress
     timing: Timing
+    heeds_stop: bool = True
+    """Whether ``stop.json`` ends it; a retry is what may lift it."""
 
     def claims(self, name: str, units: Sequence[Unit], current: Job, *, ahead: int) -> Claims:
         """Units for this rank.
@@ -89,14 +91,19 @@ class Session:
         Raises:
             TooManyBadSamples: with what it found.
         """
-        stopped = current.stop_reason()
+        stopped = current.stop_reason() if self.heeds_stop else None
         if stopped is not None:
             raise TooManyBadSamples(stopped["message"])
 
 
 @contextmanager
 def open_session(
-    config: EncodeConfig, out: Store, contract: LatentContract, board: Board | None = None
+    config: EncodeConfig,
+    out: Store,
+    contract: LatentContract,
+    board: Board | None = None,
+    *,
+    heeds_stop: bool = True,
 ) -> Iterator[Session]:
     """This process as a rank, as its launcher says."""
     rank = this_rank()
@@ -117,6 +124,7 @@ def open_session(
                     quiet=rank.number != 0,
                 ),
                 timing=Timing.of(config.stale_seconds, world_size=rank.world_size),
+                heeds_stop=heeds_stop,
             )
         except BaseException as error:
             log.event("end", error=type(error).__name__, message=str(error))
