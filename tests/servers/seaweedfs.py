@@ -1,0 +1,57 @@
+"""SeaweedFS, a real object store in one program: conditional puts of all kinds, and a wrong key is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from servers import Server
+from servers.processes import answers, program, running
+from servers.s3_buckets import bucket_maker, s3_env
+
+IDENTITIES = {
+    "identities": [
+        {
+            "name": "test",
+            "credentials": [{"accessKey": "test", "secretKey": "testsecret"}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+    ]
+}
+# Each bucket has volumes of its own. It would begin with seven, which the tests' many buckets would use up soon.
+ONE_VOLUME_A_BUCKET = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+PORTS = (
+    *["-s3.port", "-s3.port.grpc", "-filer.port", "-filer.port.grpc"],
+    *["-master.port", "-master.port.grpc", "-volume.port", "-volume.port.grpc"],
+)
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[Server]:
+    """Run it; log and objects go to ``folder``, and the objects are removed at the end."""
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as data:
+        identities = Path(data, "s3.json")
+        identities.write_text(json.dumps(IDENTITIES))
+        with running(
+            lambda ports: _command(data, identities, ports),
+            num_ports=len(PORTS),
+            log=folder / "seaweedfs.log",
+            is_ready=lambda ports: answers(ports[0]),
+            env=ONE_VOLUME_A_BUCKET,
+        ) as ports:
+            url = f"http://127.0.0.1:{ports[0]}"
+            env = s3_env(url)
+            yield Server(name="seaweedfs", url=url, scheme="s3", env=env, create_bucket=bucket_maker(env))
+
+
+def _command(data: str, identities: Path, ports: Sequence[int]) -> list[str]:
+    return [
+        *[program("weed"), "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"],
+        *[f"{flag}={port}" for flag, port in zip(PORTS, ports, strict=True)],
+        *["-filer=true", "-s3=true", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"],
+        *["-master.volumeSizeLimitMB=128", "-volume.max=1000", "-volume.preStopSeconds=0"],
+        "-master.telemetry=false",
+    ]
