@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+
 from servers.fault_proxy import FaultProxy, fault_proxy
 from servers.faults import Answer, CutReply, Delay, Flip, LoseReply, Request, Reset, StallReply
 
@@ -49,7 +50,8 @@ class Echo(BaseHTTPRequestHandler):
         else:
             self._reply(self.rfile.read(int(self.headers["Content-Length"])))
 
-    do_POST = do_PUT
+    def do_POST(self) -> None:
+        self.do_PUT()
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on stderr."""
