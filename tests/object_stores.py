@@ -15,12 +15,13 @@ import pytest
 from servers import Server
 from servers.azurite import VARIABLE, azurite, find_azurite
 from servers.fake_gs import fake_gs
+from servers.fake_hf import fake_hf
 from servers.fault_proxy import FaultProxy, fault_proxy
 from servers.moto import moto
 from servers.rclone import rclone
 from servers.seaweedfs import seaweedfs
 
-PROVIDERS = ("AWS_", "GOOGLE_", "AZURE_", "AZURITE_")
+PROVIDERS = ("AWS_", "GOOGLE_", "AZURE_", "AZURITE_", "HF_")
 
 NewBucket = Callable[[Server], str]
 Faulty = Callable[[Server], tuple[Mapping[str, str], FaultProxy]]
@@ -66,6 +67,15 @@ def azurite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 def fake_gs_server() -> Iterator[Server]:
     """A fake of Google's."""
     with fake_gs() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def fake_hf_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A fake of the Hugging Face hub; a bucket of it is a dataset's repository. In child processes only, which import
+    huggingface_hub after the environment is set.
+    """
+    with fake_hf(tmp_path_factory.mktemp("fake-hf")) as server:
         yield server
 
 

@@ -51,7 +51,7 @@ def azurite(folder: Path, program: str) -> Iterator[Server]:
                 "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
                 "AZURE_STORAGE_ACCOUNT_KEY": KEY,
             }
-            yield Server(name="azurite", url=url, scheme="az", env=env, create_bucket=_container_maker(url))
+            yield Server(name="azurite", url=url, root="az://", env=env, create_bucket=_container_maker(url))
 
 
 def find_azurite() -> str | None:

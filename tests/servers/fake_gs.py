@@ -46,7 +46,7 @@ def fake_gs() -> Iterator[Server]:
             yield Server(
                 name="fake_gs",
                 url=url,
-                scheme="gs",
+                root="gs://",
                 env=env,
                 create_bucket=lambda name: buckets.update({name: _Bucket()}),
             )

@@ -403,7 +403,8 @@ def test_a_test_can_wait_for_a_fault(proxy: FaultProxy, connect: Connect) -> Non
     ],
 )
 def test_requests_are_counted_by_what_they_ask(line: str, headers: dict[str, str], kind: str) -> None:
-    assert Request(*line.split(" "), headers).kind == kind
+    method, target = line.split(" ")
+    assert Request(method, target, headers).kind == kind
 
 
 def test_requests_are_noted_with_their_bytes(proxy: FaultProxy, connect: Connect) -> None:

@@ -13,7 +13,7 @@ import pytest
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError, PreconditionError
 from obstore.store import from_url
 
-from servers.faults import Answer, CutReply, Flip, LoseReply, Reset, StallReply
+from servers.faults import Answer, CutReply, DropHeaders, Flip, LoseReply, Reset, StallReply
 from servers.s3_buckets import unfinished_uploads
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ CONTENT = Random(0).randbytes(5_000_000)
 def open_store(url: str, *, seconds: float = 30) -> Any:
     """obstore's client, which gives up waiting for a reply after so long."""
     # Options here replace those of the environment, AWS_ALLOW_HTTP among them.
-    options = {"allow_http": True, "timeout": timedelta(seconds=seconds)}
+    options: Any = {"allow_http": True, "timeout": timedelta(seconds=seconds)}
     return from_url(url, client_options=options, retry_config=RETRIES)
 
 
@@ -162,6 +162,15 @@ def test_a_wrong_key_is_refused(
 
 def test_rclone_tells_all_of_sixteen_that_they_created_an_object(rclone_server: Server, new_bucket: NewBucket) -> None:
     assert num_winners(new_bucket(rclone_server)) == 16
+
+
+def test_a_proxy_makes_a_store_that_ignores_conditions(
+    moto_server: Server, new_bucket: NewBucket, faulty: Faulty
+) -> None:
+    url = new_bucket(moto_server)
+    _, proxy = faulty(moto_server)
+    proxy.inject("^PUT", DropHeaders())
+    assert num_winners(url) == 16
 
 
 # Behind the proxy
