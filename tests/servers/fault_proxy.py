@@ -332,13 +332,15 @@ async def _answer(
         async for piece in read_body(reader, request_length(head)):
             request.sent_bytes += len(piece.data) * piece.is_content
     code = answer.code or CODES.get(answer.status, "ServiceUnavailable")
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>by the fault proxy</Message></Error>".encode()
+    error = f"<Error><Code>{code}</Code><Message>by the fault proxy</Message>{answer.details}</Error>"
+    body = f"<?xml version='1.0' encoding='UTF-8'?>{error}".encode()
     closes = waits_to_send or head.closes
     lines = [
         f"HTTP/1.1 {answer.status} {code}",
         "Content-Type: application/xml",
         f"Content-Length: {len(body)}",
         *([f"Retry-After: {answer.retry_after}"] if answer.retry_after is not None else []),
+        *(f"{name}: {value}" for name, value in answer.headers),
         *(["Connection: close"] if closes else []),
     ]
     writer.write("\r\n".join([*lines, "", ""]).encode() + (b"" if request.method == "HEAD" else body))

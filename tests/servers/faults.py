@@ -19,7 +19,11 @@ class Answer:
     retry_after: int | None = None
     """Seconds, of a header Retry-After."""
     code: str | None = None
-    """In the body, as S3 writes it; by default the usual one for the status."""
+    """In the body, as S3 writes it (``ExpiredToken``); by default the usual one for the status."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """More headers, as ``("x-amz-bucket-region", "eu-west-1")``."""
+    details: str = ""
+    """More XML inside S3's ``<Error>``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,21 @@ def bucket_maker(env: Mapping[str, str]) -> Callable[[str], None]:
     return lambda name: client.create_bucket(Bucket=name)
 
 
+def takes_an_object(env: Mapping[str, str]) -> bool:
+    """Whether all of a server works, and not only what answers requests."""
+    import botocore.exceptions
+
+    client = _client(env)
+    try:
+        client.create_bucket(Bucket="is-it-ready")
+        client.put_object(Bucket="is-it-ready", Key="k", Body=b"1")
+        client.delete_object(Bucket="is-it-ready", Key="k")
+        client.delete_bucket(Bucket="is-it-ready")
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+        return False
+    return True
+
+
 def unfinished_uploads(env: Mapping[str, str], bucket_url: str) -> list[str]:
     """The keys of the multipart uploads in a bucket that are neither complete nor aborted."""
     reply = _client(env).list_multipart_uploads(Bucket=bucket_url.removeprefix("s3://").partition("/")[0])

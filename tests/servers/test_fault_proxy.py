@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
+from xml.etree import ElementTree
 
 import pytest
 
 from servers.fault_proxy import FaultProxy, fault_proxy
-from servers.faults import Answer, CutReply, Delay, Flip, LoseReply, Request, Reset, StallReply
+from servers.faults import Answer, CutReply, Delay, DropHeaders, Flip, LoseReply, Request, Reset, StallReply
 
 CONTENT = Random(0).randbytes(3_000_000)
 
@@ -59,6 +60,8 @@ class Echo(BaseHTTPRequestHandler):
     def _reply(self, body: bytes, *, status: int = 200) -> None:
         self.seen.append(f"{self.command} {self.path}")
         self.send_response(status)
+        if "X-Told" in self.headers:
+            self.send_header("X-Told", self.headers["X-Told"])
         if self.path != "/until-end":
             self.send_header("Content-Length", str(len(body)))
         else:
@@ -208,6 +211,27 @@ def test_an_answer_of_the_proxy_keeps_the_request_from_the_server(
     assert seen == []
     connection.request("PUT", "/file", body=b"again")
     assert connection.getresponse().read() == b"again"
+
+
+def test_an_answer_can_say_all_that_a_store_says(proxy: FaultProxy, connect: Connect) -> None:
+    region = ("x-amz-bucket-region", "eu-west-1")
+    proxy.inject("^GET", Answer(301, code="PermanentRedirect", headers=(region,), details="<Endpoint>e</Endpoint>"))
+    connection = connect()
+    connection.request("GET", "/")
+    reply = connection.getresponse()
+    assert reply.headers["x-amz-bucket-region"] == "eu-west-1"
+    error = ElementTree.fromstring(reply.read())
+    assert [child.text for child in error] == ["PermanentRedirect", "by the fault proxy", "e"]
+
+
+def test_dropped_headers_do_not_reach_the_server(proxy: FaultProxy, connect: Connect) -> None:
+    proxy.inject("/dropped", DropHeaders(("x-told",)))
+    connection = connect()
+    for path in ("/dropped", "/kept"):
+        connection.request("PUT", path, body=b"abc", headers={"X-Told": "1"})
+        reply = connection.getresponse()
+        assert reply.read() == b"abc"
+        assert reply.headers["X-Told"] == (None if path == "/dropped" else "1")
 
 
 def test_the_answer_to_head_has_no_body(proxy: FaultProxy, connect: Connect) -> None:

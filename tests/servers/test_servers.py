@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDenie
 from obstore.store import from_url
 
 from servers.faults import Answer, CutReply, DropHeaders, Flip, LoseReply, Reset, StallReply
+from servers.http_files import http_files
 from servers.s3_buckets import unfinished_uploads
 
 if TYPE_CHECKING:
@@ -267,3 +269,18 @@ def test_no_variable_of_another_cloud_is_left(
         "AWS_CONFIG_FILE",
         "AWS_SHARED_CREDENTIALS_FILE",
     }
+
+
+# Plain files
+
+
+def test_files_of_a_folder_are_read_over_http(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "k 1.tar").write_bytes(CONTENT)
+    with http_files(tmp_path) as url:
+        store = open_store(f"{url}/a")
+        assert store.head("k 1.tar")["size"] == len(CONTENT)
+        assert bytes(store.get("k 1.tar").bytes()) == CONTENT
+        assert bytes(store.get_range("k 1.tar", start=4_999_990, length=100)) == CONTENT[4_999_990:]
+        with pytest.raises(FileNotFoundError):
+            store.head("missing")
