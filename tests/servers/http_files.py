@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from servers.threads import serving
 
 
 @contextmanager
 def http_files(root: Path) -> Iterator[str]:
     """Serve the folder while the context is open, and give its URL, without a slash at the end."""
-    handler = type("Handler", (_Handler,), {"root": root.resolve()})
-    with _Server(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128
+    with serving(_Handler, root=root.resolve()) as url:
+        yield url
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -6,11 +6,10 @@ import http.client
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from random import Random
 from xml.etree import ElementTree
@@ -19,6 +18,7 @@ import pytest
 
 from servers.fault_proxy import FaultProxy, fault_proxy
 from servers.faults import Answer, CutReply, Delay, DropHeaders, Flip, LoseReply, Request, Reset, StallReply
+from servers.threads import serving
 
 CONTENT = Random(0).randbytes(3_000_000)
 
@@ -96,13 +96,8 @@ def seen() -> list[str]:
 
 @pytest.fixture
 def proxy(seen: list[str]) -> Iterator[FaultProxy]:
-    handler = type("Handler", (Echo,), {"seen": seen})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with fault_proxy(f"http://127.0.0.1:{server.server_port}") as proxy:
-            yield proxy
-        server.shutdown()
+    with serving(Echo, seen=seen) as url, fault_proxy(url) as proxy:
+        yield proxy
 
 
 @pytest.fixture
