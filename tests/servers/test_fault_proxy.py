@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from servers.fault_proxy import FaultProxy, fault_proxy
-from servers.faults import Answer, CutReply, Delay, DropHeaders, Flip, LoseReply, Request, Reset, StallReply
+from servers.faults import Answer, CutReply, Delay, DropHeaders, Flip, LoseReply, Request, Reset, Slow, StallReply
 from servers.threads import serving
 
 CONTENT = Random(0).randbytes(3_000_000)
@@ -326,6 +326,16 @@ def test_a_late_request_arrives_after_all(proxy: FaultProxy, connect: Connect) -
     proxy.inject("^GET", Delay(0.5))
     begin = time.monotonic()
     assert get(connect()) == (200, CONTENT)
+    assert time.monotonic() - begin >= 0.5
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_bodies_pass_slowly(proxy: FaultProxy, connect: Connect, method: str) -> None:
+    proxy.inject(f"^{method}", Slow(6_000_000))
+    connection = connect()
+    begin = time.monotonic()
+    connection.request(method, "/file", body=CONTENT if method == "PUT" else None)
+    assert connection.getresponse().read() == CONTENT
     assert time.monotonic() - begin >= 0.5
 
 
