@@ -6,10 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -20,65 +18,19 @@ from streamprep.cli import main
 from streamprep.crashpoints import JOB_STEPS
 
 if TYPE_CHECKING:
-    from forks import Forks, Process
+    from forks import Forks
     from jobs import EncodeJob
+    from runs import Run
 
     NewJob = Callable[..., EncodeJob]
     Undisturbed = Callable[..., EncodeJob]
-    NewRun = Callable[[int], "Run"]
+    NewRun = Callable[[int], Run]
 
-pytest_plugins = ["jobs"]
+pytest_plugins = ["jobs", "runs"]
 
 CRASHED = 137
 ODD = "odd_exporter:open_shard"
 STALE_SECONDS = 3
-
-
-class Run:
-    """A launcher of the least kind: a board, and the variables that torchrun gives its ranks."""
-
-    def __init__(self, world_size: int) -> None:
-        code = (
-            "import sys; from torch.distributed import TCPStore; store = TCPStore('127.0.0.1', 0, is_master=True, "
-            "wait_for_workers=False); print(store.port, flush=True); sys.stdin.read()"
-        )
-        self.world_size = world_size
-        self._server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._server.stdout is not None
-        self._port = self._server.stdout.readline().decode().strip()
-
-    def environment(self, rank: int) -> dict[str, str]:
-        return {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self._port,
-        }
-
-    def start(self, job: EncodeJob, rank: int, **how: object) -> Process:
-        how = {"serial": True, "stale_seconds": STALE_SECONDS} | how
-        environment = self.environment(rank) | how.pop("environment", {})  # type: ignore[operator]
-        return job.start(environment=environment, **how)
-
-    def lose_board(self) -> None:
-        self._server.kill()
-        self._server.communicate()
-
-
-@pytest.fixture
-def new_run() -> Iterator[NewRun]:
-    """``new_run(3)``: for three ranks."""
-    runs: list[Run] = []
-
-    def make(world_size: int) -> Run:
-        runs.append(Run(world_size))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.lose_board()
 
 
 def assert_done(job: EncodeJob, expected: EncodeJob) -> None:
