@@ -115,6 +115,7 @@ class Claims:
         self._changed = threading.Condition()
         self._open: dict[str, tuple[Attempt, float]] = {}
         self._stopping = False
+        self._fault_known = False
         self._slowest = 0.0
         self._left: set[str] | None = None  # not known to be done
         self._place = 0
@@ -252,6 +253,14 @@ class Claims:
         self._settled(unit)
         self._attempts.withdraw(attempt)
 
+    def gave_up(self, unit: str, ended: Ended) -> None:
+        """A unit taken here has ended otherwise: it is at fault for what this process leaves with, and no other."""
+        with self._changed:
+            attempt, _ = self._open.pop(unit)
+            self._fault_known = True
+            self._changed.notify_all()
+        self._attempts.end(attempt, ended)
+
     def stop(self) -> None:
         """Hand out nothing more."""
         with self._changed:
@@ -281,7 +290,7 @@ class Claims:
             if not self._blame:
                 self._attempts.withdraw(attempt)
                 continue
-            blamed = number == 0 and error is not None and is_to_blame(error)
+            blamed = number == 0 and not self._fault_known and error is not None and is_to_blame(error)
             with suppress(OSError):  # a full disk: then our end is seen from our being gone
                 self._attempts.end(attempt, what_happened(error) if blamed and error else Ended(how="stopped"))
 
