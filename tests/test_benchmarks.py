@@ -171,11 +171,11 @@ def test_scaling_runs_ranks_that_share_and_ranks_that_do_not(repo_root: Path, tm
 
 
 def test_the_simulated_ranks_commit_every_unit_whatever_fails(run_python: Run, tmp_path: Path) -> None:
-    flags = ["--num-ranks", "16", "--num-units", "400", "--json", tmp_path / "numbers"]
+    flags = ["--num-ranks", "16", "--num-units", "300", "--failures", "none", "all", "--json", tmp_path / "numbers"]
     done = run_python("benchmarks/claims_simulation.py", *flags)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "numbers").read_text())["results"]
-    assert list(results) == ["none", "ranks", "node", "hang", "board", "all"]
+    assert list(results) == ["none", "all"]
     assert all(result["missing"] == 0 for result in results.values())
     assert results["none"]["over_ideal"] <= 1.02
     assert results["none"]["twice"] == 0
