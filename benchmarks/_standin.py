@@ -35,7 +35,10 @@ class StandIn:
         text_shape: tuple[int, int] = (120, 4096),
         begin: Callable[[], None] = lambda: None,
     ) -> None:
+        from streamprep.out_of_memory import BatchLimits
+
         self.contract = _contract(text_dim=text_shape[1])
+        self.limits = BatchLimits()
         self.busy_seconds = 0.0
         self.num_clips = 0
         self.first_batch: float | None = None

@@ -31,7 +31,8 @@ How = Literal["stopped", "exception", "signal", "machine", "vanished"]
 """How an attempt ended: a signal asked to stop, an error, a crash, trouble of the machine, or without a word."""
 
 _TOLD_DEATHS, _DEATHS = 2, 5
-_TOLD: tuple[How, ...] = ("exception", "signal")
+"""After so many a unit is set aside: of deaths that said why; of all of processes that had nothing else at hand. A kill
+from outside says nothing about the unit, and a machine without memory or with a broken GPU neither."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,10 +234,14 @@ class Attempts:
                 self._store.delete(f"{self._failed}/{unit}.json", step="withdraw")
 
     def _judge(self, unit: str) -> None:
-        attempts = [attempt for attempt in self.of(unit) if attempt.ended and attempt.ended.how != "stopped"]
-        told = sum(attempt.ended is not None and attempt.ended.how in _TOLD for attempt in attempts)
-        if told >= _TOLD_DEATHS or sum(attempt.alone for attempt in attempts) >= _DEATHS:
-            evidence = canonical.to_pretty_json([dataclasses.asdict(attempt) for attempt in attempts])
+        told, silent = [], []
+        for attempt in self.of(unit):
+            if attempt.ended is not None and attempt.ended.how in ("exception", "signal"):
+                told.append(attempt)
+            elif attempt.ended is not None and attempt.ended.how == "vanished" and attempt.alone:
+                silent.append(attempt)
+        if len(told) >= _TOLD_DEATHS or len(told + silent) >= _DEATHS:
+            evidence = canonical.to_pretty_json([dataclasses.asdict(attempt) for attempt in silent + told])
             self._store.put_if_absent(f"{self._failed}/{unit}.json", evidence, step="failed")
 
     def path(self, attempt: Attempt) -> str:

@@ -20,7 +20,7 @@ from streamprep.columns import keep
 from streamprep.commit import EncodedBatch
 from streamprep.config import EncodeConfig
 from streamprep.decoder import Decoder
-from streamprep.encoders import Encoder
+from streamprep.encoders import Encoder, encode_clips
 from streamprep.errors import BadSample
 from streamprep.filters import Filters
 from streamprep.plan import ClipPlan, Excluded, RowPlan, TextPlan, UnitPlan
@@ -160,12 +160,13 @@ def encode_batches(
 ) -> Iterator[EncodedBatch]:
     """Prompts first, then clips."""
     texts: dict[str, Tensor] = {}
+    encoder.limits.take_halved()  # of the self-check, which is no unit's
     for batch in batches:
         if batch.prompts:
             texts = dict(zip(batch.prompts, encoder.encode_text(batch.prompts), strict=True))
         videos: Sequence[dict[str, Tensor]] = [{}] * len(batch.samples)
         if batch.frames is not None:
-            encoded = encoder.encode_batch(batch.frames)
+            encoded = encode_clips(encoder, batch.frames)
             videos = [encoded[place] for place in batch.places]
             buffers.give_back(batch.frames.frames)
         samples, bad, dropped = [], [], []
@@ -194,6 +195,7 @@ def encode_batches(
             num_samples=len(batch.samples),
             last=batch.last,
             decoders=batch.decoders,
+            halved=encoder.limits.take_halved(),
         )
 
 

@@ -17,8 +17,6 @@ from streamprep.ranks import Rank
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store as TorchStore
 
-_TIMEOUT = timedelta(seconds=60)  # of one request; a store that answers later is as good as gone
-
 
 class BoardGone(Exception):
     """Whoever holds the board has left, or does not answer."""
@@ -142,8 +140,13 @@ class _Noticing:
             raise self._board._gone from error
 
 
-def open_board(rank: Rank) -> Board:
-    """The board of this run: the launcher's store, or one of our own if there is no launcher."""
+def open_board(rank: Rank, *, timeout_seconds: float = 60.0) -> Board:
+    """The board of this run: the launcher's store, or one of our own if there is no launcher.
+
+    Args:
+        rank: This one.
+        timeout_seconds: Of connecting, and of one request; a store that takes longer is as good as gone.
+    """
     if not rank.launched or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return LocalBoard()
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -155,7 +158,7 @@ def open_board(rank: Rank) -> Board:
             int(os.environ["MASTER_PORT"]),
             is_master=not agents_store and rank.number == 0,
             wait_for_workers=False,
-            timeout=_TIMEOUT,
+            timeout=timedelta(seconds=timeout_seconds),
         )
     except (RuntimeError, ValueError) as error:
         return LostBoard(BoardGone(str(error).partition("\n")[0]))

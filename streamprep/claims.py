@@ -335,7 +335,10 @@ class Claims:
         with self._changed:
             released, self._open = list(self._open.values()), {}
         for number, (attempt, _) in enumerate(released):
-            blamed = self._blame and number == 0 and error is not None and is_to_blame(error)
+            if not self._blame:
+                self._attempts.withdraw(attempt)
+                continue
+            blamed = number == 0 and error is not None and is_to_blame(error)
             with suppress(OSError):  # a full disk: then our end is seen from our being gone
                 self._attempts.end(attempt, what_happened(error) if blamed and error else Ended(how="stopped"))
 

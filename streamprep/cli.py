@@ -17,7 +17,7 @@ import tyro
 
 from streamprep import __version__
 from streamprep import config as configs
-from streamprep.errors import LatentMismatch, Stopped, TooManyBadSamples, UnitsSetAside, UserError
+from streamprep.errors import LatentMismatch, OutOfMemory, Stopped, TooManyBadSamples, UnitsSetAside, UserError
 from streamprep.launch import launch, wants_launching
 from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
 from streamprep.signals import signals_raise_stopped
@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), STOPPED)
     except (LatentMismatch, UnitsSetAside) as error:
         return _complain(str(error), SETTLED if LAUNCHER in os.environ else FAILED)
+    except OutOfMemory as error:
+        return _complain(str(error), FAILED)
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

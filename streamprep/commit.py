@@ -41,6 +41,8 @@ class EncodedBatch:
     """Rows that filters leave out for their frames."""
     decoders: Mapping[str, int] = field(default_factory=dict)
     """How many of its clips each decoder gave."""
+    halved: Mapping[str, int] = field(default_factory=dict)
+    """What was too large for the memory, and how many of it were encoded at once instead; see `Record`."""
 
 
 class Committer:
@@ -68,6 +70,7 @@ class Committer:
         self._unit_dropped: list[Excluded] = []
         self._unit_decoders: Counter[str] = Counter()
         self._unit_rows = 0
+        self._unit_halved: dict[str, int] = {}
         self._writer: ShardWriter | None = None
         self._unit_began = time.monotonic()
         self._tally = Tally(current, board or LocalBoard())
@@ -89,6 +92,7 @@ class Committer:
         self._unit_rows += len(batch.samples)
         self._unit_dropped += batch.dropped
         self._unit_decoders.update(batch.decoders)
+        self._unit_halved.update(batch.halved)
         self._unit_bad += batch.bad
         self.check_bad_limit()
         return self.commit(batch.unit) if batch.last else None
@@ -117,12 +121,14 @@ class Committer:
             seconds={"unit": time.monotonic() - self._unit_began},
             retried=unit.retried,
             decoders=dict(sorted(self._unit_decoders.items())),
+            halved=dict(sorted(self._unit_halved.items())),
         )
         if self.job.commit(record):
             self._tally.add(record)
         else:
             record = self._give_way(record)
         self._unit_bad, self._unit_dropped, self._unit_decoders, self._unit_rows = [], [], Counter(), 0
+        self._unit_halved = {}
         self._unit_began = time.monotonic()
         return record
 

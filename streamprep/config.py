@@ -295,7 +295,7 @@ class EncodeConfig(EncodeSettings, LaunchSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(EncodeSettings):
+class PlanConfig(EncodeSettings, LaunchSettings):
     """Say what `encode` would do: what is encoded, what is dropped and why, at which sizes, how large the output is.
 
     Example: streamprep plan my_shards --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --buckets 480p
@@ -308,6 +308,10 @@ class PlanConfig(EncodeSettings):
     """Folder that `streamprep pack` wrote."""
     out: str | None = None
     """Write every decision to this Parquet file."""
+
+    def __post_init__(self) -> None:
+        EncodeSettings.__post_init__(self)
+        LaunchSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

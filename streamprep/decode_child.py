@@ -50,7 +50,9 @@ class ChildProcess:
     def __init__(self, ring_fd: int, memory_bytes: int) -> None:
         context = multiprocessing.get_context("forkserver")
         # Imported once, in the server that children are forked from: they start in milliseconds instead of 3 s.
-        context.set_forkserver_preload(["streamprep.decode_child", "torchcodec.decoders", "av", "PIL.Image"])
+        context.set_forkserver_preload(
+            ["streamprep.decode_server", "streamprep.decode_child", "torchcodec.decoders", "av", "PIL.Image"]
+        )
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self.channel, [b"ring"], [ring_fd])
@@ -134,8 +136,9 @@ def _serve(channel: socket.socket, memory_bytes: int) -> None:
 
 
 def _leave_signals_to_the_rank() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C reaches the whole group, and Slurm's SIGTERM all processes of a step: the rank decides, by SIGKILL."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _forget_credentials() -> None:

@@ -39,7 +39,7 @@ from streamprep.manifest import load_manifest
 from streamprep.pipeline import Pipeline
 from streamprep.plan import SamplingRules
 from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
-from streamprep.progress import Progress, count, size
+from streamprep.progress import Progress, count, size, too_large
 from streamprep.ranks import Rank, this_rank
 from streamprep.selfcheck import check_encoder
 from streamprep.session import Session, end, open_session
@@ -100,9 +100,10 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, n
     manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
     job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
     filters = open_filters(shards, manifest, rules)
-    with open_session(config, current.store, encoder.contract) as session:
+    with open_session(config, current.store, encoder.contract, heeds_stop=False) as session:
         session.progress.total = sum(unit.num_clips for unit in units)
         session.progress.message(title)
+        session.checked()
         _warn_of_other_versions(current.plan, session.progress, needed=True)
         with _start_machinery(config, rules, encoder) as machinery:
             current.store.remove_unpublished()
@@ -298,14 +299,17 @@ def _warn_of_other_versions(plan: JobPlan, progress: Progress, *, needed: bool) 
 def _stage_report(machinery: Machinery, claims: Claims) -> str:
     pipeline, stats = machinery.pipeline, machinery.decoder.stats
     encode_times = pipeline.stages[-1]
+    limits = machinery.encoder.limits.found
+    memory = f"\nmemory {too_large(limits)}" if limits else ""
     encoding = f"encode {pipeline.busy_seconds(encode_times):.1f} s"
     writing = f"{encode_times.blocked_seconds:.1f} s for writing"
     if len(pipeline.stages) == 1:
-        return f"busy: {encoding}; it waited {writing}"
+        return f"busy: {encoding}; it waited {writing}{memory}"
     read_seconds = max(0.0, stats.read_seconds - claims.waited_seconds)
     return (
         f"busy: read {read_seconds:.1f} s, decode {stats.decode_seconds:.1f} s in all processes, {encoding}; "
         f"it waited {pipeline.stages[0].starved_seconds:.1f} s for decoding and {writing}"
         + (f"; {count(stats.restarts, 'decoding process')} replaced" if stats.restarts else "")
         + (f"; {count(stats.sequential, 'clip')} that torchcodec misread decoded in order" if stats.sequential else "")
+        + memory
     )

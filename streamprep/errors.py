@@ -51,6 +51,10 @@ class TooManyBadSamples(Exception):
     """More samples are bad than the job allows: then the settings are wrong, not the data."""
 
 
+class OutOfMemory(MemoryError):
+    """The machine's memory does not hold the model, or not even one clip or caption beside it; says what to do."""
+
+
 class LatentMismatch(Exception):
     """Two tensors of a sample contradict each other: what is encoded is wrong, so nothing more is.
 

@@ -101,6 +101,19 @@ def by_reason(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in reasons.items())
 
 
+def too_large(halved: Mapping[str, int]) -> str:
+    """What `Record.halved` means, and what can be done."""
+    parts = [
+        count(number, "caption") if kind == "text" else f"{count(number, 'clip')} of {kind}"
+        for kind, number in halved.items()
+    ]
+    return (
+        f"too little for whole batches, {', '.join(parts)} at once fit; the output is good. On a GPU "
+        "--offload-text-encoder makes room; in another job smaller batches (--preprocess-video-batch-size, "
+        "--text-batch-size) save the vain attempts"
+    )
+
+
 def size(num_bytes: float) -> str:
     """``1.2 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -51,6 +51,9 @@ class Record:
     """In a retry: how many of its samples were bad for each reason, and no longer count for it."""
     decoders: Mapping[str, int] = field(default_factory=dict)
     """How many clips each decoder gave; ``sequential`` where torchcodec misread a video."""
+    halved: Mapping[str, int] = field(default_factory=dict)
+    """How many were encoded at once where the memory did not hold a whole batch, by bucket: ``TxHxW``, or ``text`` for
+    captions."""
 
     @property
     def num_rows(self) -> int:
@@ -85,6 +88,7 @@ class Record:
             "bad": dict(self.bad),
             "retried": dict(self.retried),
             "decoders": dict(self.decoders),
+            "halved": dict(self.halved),
             "dropped": [[item.key, item.reason, item.message, item.stage] for item in self.dropped],
             "quarantine": dataclasses.asdict(self.quarantine) if self.quarantine else None,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
@@ -117,6 +121,7 @@ class Record:
             seconds=value["seconds"],
             retried=value["retried"],
             decoders=value["decoders"],
+            halved=value["halved"],
         )
 
 

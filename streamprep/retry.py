@@ -23,7 +23,7 @@ from streamprep.finalize import Totals, finalize, is_finalized, totals
 from streamprep.job import Job, JobPlan, Round, Unit, open_job
 from streamprep.progress import count
 from streamprep.record import BadClip
-from streamprep.session import describe_failed
+from streamprep.session import describe_failed, tidy
 from streamprep.storage import open_store
 
 _ANEW = (
@@ -81,6 +81,7 @@ def retry(config: RetryConfig) -> Retried:
     unfinished = len(current.unfinished())
     if not (stopped or unfinished or is_finalized(current)):
         finalize(current)
+        tidy(current, attempts)
     return Retried(
         job=current,
         round=chosen,

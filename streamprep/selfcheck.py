@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from streamprep.contract import LatentContract, VideoContract
-from streamprep.encoders import Encoder
+from streamprep.encoders import Encoder, encode_clips
 from streamprep.errors import LatentMismatch, UserError
 from streamprep.types import ClipBatch
 
@@ -92,7 +92,7 @@ def _check_text(encoder: Encoder, contract: LatentContract) -> None:
 
 def _check_clips(encoder: Encoder, contract: LatentContract, video: VideoContract) -> None:
     side, num_frames = 2 * video.spatial_multiple, 1 + video.temporal_factor
-    clips = encoder.encode_batch(_made_clips(num_frames=num_frames, side=side))
+    clips = encode_clips(encoder, _made_clips(num_frames=num_frames, side=side))
     for name, shape in contract.tensor_shapes(num_frames=num_frames, height=side, width=side).items():
         refuse = _Refusal(contract, name)
         tensors = [clip[name] for clip in clips]

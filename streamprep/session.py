@@ -12,7 +12,7 @@ from streamprep import job
 from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_end
 from streamprep.board import Board, BoardGone, open_board
 from streamprep.claims import Claims, Timing
-from streamprep.commit import Committer
+from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import TooManyBadSamples, UnitsSetAside
@@ -23,7 +23,7 @@ from streamprep.pipeline import Pipeline
 from streamprep.progress import Progress, count
 from streamprep.ranklog import RankLog
 from streamprep.ranks import Rank, this_rank
-from streamprep.storage import Store
+from streamprep.storage import Store, open_store
 
 LOGS = f"{job.FOLDER}/logs"
 
@@ -39,6 +39,8 @@ class Session:
     log: RankLog
     progress: Progress
     timing: Timing
+    heeds_stop: bool = True
+    """Whether ``stop.json`` ends it; a retry is what may lift it."""
 
     def claims(self, name: str, units: Sequence[Unit], current: Job, *, ahead: int) -> Claims:
         """Units for this rank.
@@ -89,14 +91,19 @@ class Session:
         Raises:
             TooManyBadSamples: with what it found.
         """
-        stopped = current.stop_reason()
+        stopped = current.stop_reason() if self.heeds_stop else None
         if stopped is not None:
             raise TooManyBadSamples(stopped["message"])
 
 
 @contextmanager
 def open_session(
-    config: EncodeConfig, out: Store, contract: LatentContract, board: Board | None = None
+    config: EncodeConfig,
+    out: Store,
+    contract: LatentContract,
+    board: Board | None = None,
+    *,
+    heeds_stop: bool = True,
 ) -> Iterator[Session]:
     """This process as a rank, as its launcher says."""
     rank = this_rank()
@@ -117,6 +124,7 @@ def open_session(
                     quiet=rank.number != 0,
                 ),
                 timing=Timing.of(config.stale_seconds, world_size=rank.world_size),
+                heeds_stop=heeds_stop,
             )
         except BaseException as error:
             log.event("end", error=type(error).__name__, message=str(error))
@@ -161,9 +169,40 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
             session.log.event("finalized", num_rows=result.num_rows)
             claims.finished(turn)
     if tidies:
-        units = (unit.id for unit in itertools.chain(current.plan.units, *(one.units for one in current.rounds())))
-        session.attempts.forget([*units, _FINALIZE])
+        tidy(current, session.attempts)
     return read_totals(current.store)
+
+
+def tidy(current: Job, attempts: Attempts) -> None:
+    """Remove the marks of units that are done."""
+    units = [unit.id for unit in itertools.chain(current.plan.units, *(one.units for one in current.rounds()))]
+    left = set(current.not_done(units))
+    attempts.forget([*(unit for unit in units if unit not in left), _FINALIZE])
+
+
+def check_worth_a_restart(config: EncodeConfig) -> None:
+    """End a rank that torchrun has started again though it can do no more, before it loads anything.
+
+    torchrun restarts whatever has failed, up to ``--max-restarts`` times, and there is no telling it not to.
+
+    Raises:
+        TooManyBadSamples: if the job has stopped for that.
+        UnitsSetAside: if nothing else is left to do.
+    """
+    out = open_store(config.out)
+    if not this_rank().restarts or not out.exists(job.PLAN):
+        return
+    current = job.open_job(out)
+    obey_earlier_stop(current, config.max_bad_fraction)
+    if only_failed_left(current):
+        raise UnitsSetAside(describe_failed(Attempts(out, job.FOLDER, Worker.this()).failed()))
+
+
+def only_failed_left(current: Job) -> bool:
+    """Whether some units were set aside, and nothing else is to be done."""
+    failed = set(Attempts(current.store, job.FOLDER, Worker.this()).failed())
+    left = itertools.chain(current.unfinished(), *(current.without_record(one.units) for one in current.rounds()))
+    return bool(failed) and all(unit.id in failed for unit in left)
 
 
 def describe_failed(failed: Mapping[str, Sequence[Attempt]]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 from streamprep.errors import Stopped
+
+_SAME_SECONDS = 1.0
 
 _asked: StopRequest | None = None
 
@@ -33,6 +36,8 @@ class StopRequest:
 def signals_raise_stopped(*, then: str) -> Iterator[None]:
     """SIGTERM and Ctrl-C leave a command between any two steps, tidily; a second one does not wait for that.
 
+    But one that comes with the first is the same: Slurm signals every process, and torchrun's agent its ranks again.
+
     Args:
         then: What can be done afterwards, for the message.
     """
@@ -40,9 +45,16 @@ def signals_raise_stopped(*, then: str) -> Iterator[None]:
         yield
         return
 
+    stopped_at: float | None = None
+
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+        nonlocal stopped_at
+        if stopped_at is not None:
+            if time.monotonic() - stopped_at > _SAME_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        stopped_at = time.monotonic()
         message = f"stopped by {signal.Signals(number).name}; {then}"
         if number != signal.SIGTERM or _asked is None:
             raise Stopped(message)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from streamprep import job
 from streamprep.attempts import Attempt, Attempts, Worker
 from streamprep.finalize import Totals, is_finalized, totals
 from streamprep.job import Job, Round
-from streamprep.progress import by_reason, count, size
-from streamprep.session import describe_failed
+from streamprep.progress import by_reason, count, size, too_large
+from streamprep.session import describe_failed, only_failed_left
 
 _EXAMPLES = 3
 
@@ -36,6 +35,8 @@ def describe(current: Job) -> Iterator[str]:
     decoders = job.total(record.decoders for record in current.records())
     if decoders:
         yield f"decoded  {', '.join(f'{number} by {name}' for name, number in decoders.items())}"
+    if halved := _fewest(record.halved for record in current.records()):
+        yield f"memory   {too_large(halved)}"
     yield from _reasons(current, result)
     stopped = current.stop_reason()
     if stopped is not None:
@@ -70,7 +71,7 @@ def state(current: Job) -> str:
         return "done"
     if current.stop_reason() is not None:
         return "too many bad samples"
-    if _only_failed_left(current):
+    if only_failed_left(current):
         return "failed: all is done but what was set aside"
     return "unfinished: run the same command again to go on"
 
@@ -79,18 +80,19 @@ def exit_code(current: Job) -> int:
     """What the job itself would exit with: 0 done, 1 failed, 3 too many bad samples, 4 resumable."""
     if current.stop_reason() is not None and not is_finalized(current):
         return 3
-    if _only_failed_left(current):
+    if only_failed_left(current):
         return 1
     if any(current.without_record(one.units) for one in current.rounds()):
         return 4
     return 0 if is_finalized(current) else 4
 
 
-def _only_failed_left(current: Job) -> bool:
-    """Whether some units were set aside, and nothing else is to be done."""
-    failed = set(Attempts(current.store, job.FOLDER, Worker.this()).failed())
-    left = itertools.chain(current.unfinished(), *(current.without_record(one.units) for one in current.rounds()))
-    return bool(failed) and all(unit.id in failed for unit in left)
+def _fewest(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The smallest of each name's."""
+    fewest: dict[str, int] = {}
+    for one in counts:
+        fewest |= {name: min(number, fewest.get(name, number)) for name, number in one.items()}
+    return dict(sorted(fewest.items()))
 
 
 def _reasons(current: Job, result: Totals) -> Iterator[str]:

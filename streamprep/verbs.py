@@ -25,6 +25,7 @@ from streamprep.manifest import MANIFEST
 from streamprep.pack import pack as pack_dataset
 from streamprep.progress import by_reason, count, size
 from streamprep.ranks import this_rank
+from streamprep.session import check_worth_a_restart
 from streamprep.storage import open_store
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def index(config: IndexConfig) -> int:
 
 def encode(config: EncodeConfig) -> int:
     """Encode and print the totals."""
+    check_worth_a_restart(config)
     from streamprep.encode import encode as encode_shards
 
     totals = encode_shards(config)
@@ -105,6 +107,8 @@ def retry(config: RetryConfig) -> int:
     from streamprep.status import describe_round
 
     result = retry_job(config)
+    if this_rank().number:
+        return 4 if result.unfinished else 0
     if result.round is None:
         print(f"nothing to retry{' for that' if config.reason else ''}")
     else:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import av
 import numpy as np
@@ -41,11 +42,23 @@ class EncodeJob:
         self._forks, self._shards, self._model = forks, shards, model
         self.out = out
 
-    def start(self, *, crash_at: str | None = None, shards: Path | None = None, **flags: object) -> Process:
+    def start(
+        self,
+        *,
+        crash_at: str | None = None,
+        shards: Path | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **flags: object,
+    ) -> Process:
         """Start ``streamprep encode``; a flag is given as its field, ``serial=True`` or ``num_frames=9``."""
-        environment = {VARIABLE: crash_at} if crash_at else {}
+        environment = {**environment, **({VARIABLE: crash_at} if crash_at else {})}
+        _, _, *arguments = self.command(shards=shards, **flags)
+        return self._forks.start(*arguments, environment=environment)
+
+    def command(self, *, shards: Path | None = None, **flags: object) -> list[object]:
+        """The same as Python's arguments, for other ways to start it."""
         flags = {"model_path": self._model, **FLAGS, **flags}
-        return self._forks.start("encode", shards or self._shards, self.out, *_flags(flags), environment=environment)
+        return ["-m", "streamprep", "encode", shards or self._shards, self.out, *_flags(flags)]
 
     def run(self, **how: object) -> Process:
         """The same, and wait until it has ended."""
@@ -53,9 +66,15 @@ class EncodeJob:
         process.wait()
         return process
 
-    def start_retry(self, *, crash_at: str | None = None, **flags: object) -> Process:
+    def start_retry(
+        self,
+        *,
+        crash_at: str | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **flags: object,
+    ) -> Process:
         """Start ``streamprep retry``."""
-        environment = {VARIABLE: crash_at} if crash_at else {}
+        environment = {**environment, **({VARIABLE: crash_at} if crash_at else {})}
         return self._forks.start("retry", self.out, *_flags(flags), environment=environment)
 
     def retry(self, **how: object) -> Process:

@@ -165,6 +165,7 @@ records = st.builds(
     dropped=st.lists(st.builds(Excluded, key=texts, reason=texts, message=texts, stage=texts), max_size=2).map(tuple),
     quarantine=st.none() | st.builds(QuarantineFile, name=texts, size_bytes=counts, sha256=digests),
     seconds=st.dictionaries(texts, st.integers(0, 10**9).map(lambda thousandths: thousandths / 1000), max_size=2),
+    halved=st.dictionaries(texts, counts, max_size=2),
 )
 
 

@@ -372,7 +372,7 @@ class Spoiled:
     """The tiny model with something done to what it gives."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self._encoder, self.contract = encoder, encoder.contract
+        self._encoder, self.contract, self.limits = encoder, encoder.contract, encoder.limits
 
     def load(self) -> None:
         """It is."""

@@ -16,6 +16,7 @@ from streamprep import plugins
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.models import ModelFolder, find_model
+from streamprep.out_of_memory import BatchLimits
 from streamprep.types import ClipBatch
 
 _GROUP = "streamprep.encoders"
@@ -48,6 +49,8 @@ class Encoder(Protocol):
 
     contract: LatentContract
     """What the tensors mean; known before any weight is loaded."""
+    limits: BatchLimits
+    """How many clips or captions the memory holds at once; `encode_text` and `encode_clips` encode by them."""
 
     def load(self) -> None:
         """Load the weights."""
@@ -56,7 +59,21 @@ class Encoder(Protocol):
         """For each caption ``text_embedding``: (L, D) float32 on the CPU."""
 
     def encode_batch(self, batch: ClipBatch) -> list[dict[str, Tensor]]:
-        """For each clip the contract's tensors but ``text_embedding``, float32 on the CPU."""
+        """For each clip the contract's tensors but ``text_embedding``, float32 on the CPU; called by `encode_clips`."""
+
+
+def encode_clips(encoder: Encoder, batch: ClipBatch) -> list[dict[str, Tensor]]:
+    """`Encoder.encode_batch`, in parts if the memory does not hold the whole batch.
+
+    Raises:
+        OutOfMemory: if it does not hold one clip.
+    """
+
+    def encode(part: slice) -> list[dict[str, Tensor]]:
+        return encoder.encode_batch(ClipBatch(keys=batch.keys[part], frames=batch.frames[part]))
+
+    _, num_frames, _, height, width = batch.frames.shape
+    return encoder.limits.encode(f"{num_frames}x{height}x{width}", len(batch.keys), encode)
 
 
 def open_encoder(model_path: str, options: EncodeOptions) -> Encoder:

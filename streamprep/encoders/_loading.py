@@ -9,6 +9,7 @@ import torch
 
 from streamprep.errors import UserError
 from streamprep.models import ModelFolder
+from streamprep.out_of_memory import loading
 
 
 def load_component(model: ModelFolder, kind: Any, component: str, *, device: torch.device, **dtype: torch.dtype) -> Any:
@@ -25,6 +26,7 @@ def load_component(model: ModelFolder, kind: Any, component: str, *, device: tor
 
     Raises:
         UserError: if weights are missing, or of another shape than the config says.
+        OutOfMemory: if the device has no room for them.
     """
     _be_quiet()
     try:
@@ -39,7 +41,8 @@ def load_component(model: ModelFolder, kind: Any, component: str, *, device: tor
             f"{model.path / component} lacks {len(lacking)} weights of a {kind.__name__}, the first is "
             f"{lacking[0]}: get the model again"
         )
-    return module.to(device).eval().requires_grad_(False)
+    with loading(f"{model.path / component}"):
+        return module.to(device).eval().requires_grad_(False)
 
 
 def load_preprocessor(model: ModelFolder, component: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from streamprep.encoders._loading import load_component, load_preprocessor
 from streamprep.errors import UserError
 from streamprep.models import ModelFolder
+from streamprep.out_of_memory import TEXT, BatchLimits, loading
 
 MAX_LENGTH = 512  # the pipelines' max_sequence_length when called; encode_prompt's own default of 226 is not used
 STATES = "last_hidden_state"
@@ -26,8 +27,9 @@ class Umt5:
         device: Where to encode.
         dtype: float32 or bfloat16; float16 overflows.
         clean_captions: As the pipeline does (ftfy, HTML entities, white space); False as FastVideo.
-        batch_size: Captions at once.
+        batch_size: Captions at once, at most.
         offload: Keep the weights in main memory, and on the device only while captions are encoded.
+        limits: How many captions the memory holds.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class Umt5:
         clean_captions: bool,
         batch_size: int,
         offload: bool,
+        limits: BatchLimits,
     ) -> None:
         self._model, self._device, self._dtype = model, device, dtype
         self._clean_captions, self._batch_size, self._offload = clean_captions, batch_size, offload
+        self._limits = limits
         self._tokenizer: Any = None
         self._encoder: Any = None
 
@@ -75,7 +79,7 @@ class Umt5:
         with self._on_device():
             for start in range(0, len(by_length), self._batch_size):
                 batch = by_length[start : start + self._batch_size]
-                embedded |= zip(batch, self._embed([tokens[text] for text in batch]), strict=True)
+                embedded |= zip(batch, self._embed_batch([tokens[text] for text in batch]), strict=True)
         return [embedded[text] for text in texts]
 
     def _clean(self, caption: str) -> str:
@@ -90,6 +94,10 @@ class Umt5:
             text, max_length=MAX_LENGTH, truncation=True, add_special_tokens=True
         ).input_ids
         return ids
+
+    def _embed_batch(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """In parts if the memory does not hold the whole batch."""
+        return self._limits.encode(TEXT, len(tokens), lambda part: self._embed(tokens[part]))
 
     @torch.inference_mode()
     def _embed(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -111,8 +119,9 @@ class Umt5:
         weights = list(itertools.chain(self._encoder.parameters(), self._encoder.buffers()))
         originals = [weight.data for weight in weights]
         try:
-            for weight in weights:
-                weight.data = weight.data.to(self._device, copy=True)
+            with loading(f"{self._model.path / 'text_encoder'}"):
+                for weight in weights:
+                    weight.data = weight.data.to(self._device, copy=True)
             yield
         finally:
             for weight, original in zip(weights, originals, strict=True):

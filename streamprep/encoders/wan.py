@@ -30,6 +30,7 @@ from streamprep.encoders._umt5 import Umt5
 from streamprep.encoders._wan_variants import VARIANTS, recognise
 from streamprep.errors import UserError
 from streamprep.models import ModelFolder, component_digest
+from streamprep.out_of_memory import BatchLimits
 from streamprep.types import ClipBatch
 
 PIPELINES = tuple(sorted({pipeline for variant in VARIANTS for pipeline in variant.pipelines}))
@@ -83,6 +84,7 @@ class WanEncoder:
 
     def __init__(self, model: ModelFolder, *, contract: LatentContract, options: EncodeOptions) -> None:
         self.contract = contract
+        self.limits = BatchLimits()
         self._model, self._device = model, options.device
         self._text = Umt5(
             model,
@@ -91,6 +93,7 @@ class WanEncoder:
             clean_captions=options.clean_captions,
             batch_size=options.text_batch_size,
             offload=options.offload_text_encoder,
+            limits=self.limits,
         )
         self._image = ClipVision(model, device=options.device) if contract.image else None
         self._vae: Any = None
@@ -126,7 +129,7 @@ class WanEncoder:
         """
         tensors: dict[str, Tensor] = {}
         pixels_BCTHW = self._pixels(batch.frames)
-        posterior = self._vae.encode(pixels_BCTHW).latent_dist
+        posterior = self._posterior(pixels_BCTHW)
         tensors["vae_latent"] = posterior.mean.float().cpu()
         if "vae_logvar" in self.contract.tensors:
             tensors["vae_logvar"] = posterior.logvar.float().cpu()
@@ -142,10 +145,16 @@ class WanEncoder:
         pixels: Tensor = frames.float().div_(255.0).mul_(2.0).sub_(1.0)
         return pixels.to(self._vae.dtype)
 
+    def _posterior(self, pixels_BCTHW: Tensor) -> Any:
+        try:
+            return self._vae.encode(pixels_BCTHW).latent_dist
+        finally:
+            self._vae.clear_cache()  # which it does at its end only: an error would leave it half the batch's memory
+
     def _encode_condition(self, pixels_BCTHW: Tensor) -> Tensor:
         """The first frame, then 0.0: ``WanImageToVideoPipeline.prepare_latents``. Overwrites the pixels."""
         pixels_BCTHW[:, :, 1:] = 0.0
-        latents: Tensor = self._vae.encode(pixels_BCTHW).latent_dist.mean.float()
+        latents: Tensor = self._posterior(pixels_BCTHW).mean.float()
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
             for values in (self._vae.config.latents_mean, self._vae.config.latents_std)

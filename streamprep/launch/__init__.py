@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from streamprep.config import LaunchSettings
+from streamprep.config import LaunchSettings, PlanConfig
 from streamprep.ranks import this_rank
 
 
 def wants_launching(config: object) -> TypeGuard[LaunchSettings]:
     """Whether a command is to run in several processes that nobody has started yet."""
-    if not isinstance(config, LaunchSettings) or this_rank().launched:
+    if not isinstance(config, LaunchSettings) or isinstance(config, PlanConfig) or this_rank().launched:
         return False
     return config.launcher == "ray" or config.nproc != "1"
 
