@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from streamprep import canonical
-from streamprep.storage import Store
+from streamprep.storage import FileEntry, Store
 
 How = Literal["stopped", "exception", "signal", "machine", "vanished"]
 """How an attempt ended: a signal asked to stop, an error, a crash, trouble of the machine, or without a word."""
@@ -139,16 +139,16 @@ class Attempts:
             began=datetime.now(UTC).isoformat(timespec="seconds"),
             alone=alone,
         )
-        self._store.put(self._path(attempt), attempt.to_json(), step="attempt")
+        self._store.put(self.path(attempt), attempt.to_json(), step="attempt")
         return attempt
 
     def withdraw(self, attempt: Attempt) -> None:
         """The unit has its record, or another process keeps it."""
-        self._store.delete(self._path(attempt), step="withdraw")
+        self._store.delete(self.path(attempt), step="withdraw")
 
     def end(self, attempt: Attempt, ended: Ended) -> None:
         """Say how an attempt ended; set the unit aside if that was once too often."""
-        self._store.put(self._path(attempt), dataclasses.replace(attempt, ended=ended).to_json(), step="attempt")
+        self._store.put(self.path(attempt), dataclasses.replace(attempt, ended=ended).to_json(), step="attempt")
         if ended.how != "stopped":
             self._judge(attempt.unit)
 
@@ -156,14 +156,40 @@ class Attempts:
 
     def of(self, unit: str) -> list[Attempt]:
         """Those of one unit."""
-        return self._read(f"{unit}-")
+        return self.read(self._store.list(self._attempts, prefix=f"{unit}-"))
 
     def all(self) -> dict[str, list[Attempt]]:
         """Those of every unit that has any."""
-        found: dict[str, list[Attempt]] = {}
-        for attempt in self._read(""):
-            found.setdefault(attempt.unit, []).append(attempt)
+        return {unit: attempts for unit, files in self.files().items() if (attempts := self.read(files))}
+
+    def files(self) -> dict[str, list[FileEntry]]:
+        """The files of every unit that has any, unread: a thousand ranks that read a thousand files are too many."""
+        found: dict[str, list[FileEntry]] = {}
+        for entry in self._store.list(self._attempts):
+            unit, dash, _ = entry.path.rpartition("/")[2].rpartition("-")
+            if dash and entry.path.endswith(".json"):
+                found.setdefault(unit, []).append(entry)
         return found
+
+    def read(self, files: Iterable[FileEntry]) -> list[Attempt]:
+        """What some files say; each is read once, unless it changes."""
+        found = []
+        for entry in files:
+            if not entry.path.endswith(".json"):
+                continue
+            version, attempt = self._seen.get(entry.path, ("", None))
+            if attempt is None or version != entry.version:
+                try:
+                    attempt = Attempt.from_json(self._store.read(entry.path))
+                except FileNotFoundError:
+                    continue  # withdrawn just now
+                self._seen[entry.path] = (entry.version, attempt)
+            found.append(attempt)
+        return found
+
+    def has_read(self, files: Iterable[FileEntry]) -> bool:
+        """Whether `read` would read nothing."""
+        return all(self._seen.get(entry.path, ("",))[0] == entry.version for entry in files)
 
     def conclude(self, attempts: Iterable[Attempt]) -> list[Attempt]:
         """The same; those whose process has died, as is seen from here, with their end, which is noted."""
@@ -186,6 +212,10 @@ class Attempts:
                 Attempt.from_json(canonical.to_json(one)) for one in json.loads(self._store.read(entry.path))
             ]
         return found
+
+    def failed_units(self) -> set[str]:
+        """The units that are set aside."""
+        return {PurePosixPath(entry.path).name.removesuffix(".json") for entry in self._store.list(self._failed)}
 
     def is_failed(self, unit: str) -> bool:
         """Whether it is set aside."""
@@ -214,23 +244,8 @@ class Attempts:
             evidence = canonical.to_pretty_json([dataclasses.asdict(attempt) for attempt in silent + told])
             self._store.put_if_absent(f"{self._failed}/{unit}.json", evidence, step="failed")
 
-    def _read(self, prefix: str) -> list[Attempt]:
-        found = []
-        for entry in self._store.list(self._attempts, prefix=prefix):
-            name = PurePosixPath(entry.path).name
-            if not name.endswith(".json"):
-                continue
-            version, attempt = self._seen.get(name, ("", None))
-            if attempt is None or version != entry.version:
-                try:
-                    attempt = Attempt.from_json(self._store.read(entry.path))
-                except FileNotFoundError:
-                    continue  # withdrawn just now
-                self._seen[name] = (entry.version, attempt)
-            found.append(attempt)
-        return found
-
-    def _path(self, attempt: Attempt) -> str:
+    def path(self, attempt: Attempt) -> str:
+        """Of its file."""
         return f"{self._attempts}/{attempt.unit}-{attempt.by.token}.json"
 
 
