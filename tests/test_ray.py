@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from streamprep.attempts import Attempts, Worker
 from streamprep.cli import main
+from streamprep.launch.actor import RankActor, rank_environment
+from streamprep.storage import Store
 
 if TYPE_CHECKING:
     from forks import Process
@@ -191,6 +195,17 @@ def node_of_its_own(address: str, log: Path, **environment: str) -> Iterator[psu
         node.wait()
 
 
+def test_a_lost_process_frees_what_it_was_at_and_nothing_else(tmp_path: Path) -> None:
+    elsewhere = [dataclasses.replace(Worker.this(), token=token, machine="another") for token in ("lost", "alive")]
+    for worker, unit in zip(elsewhere, ("000000", "000001"), strict=True):
+        Attempts(Store(tmp_path), "job", worker).begin(unit, alone=False)
+    here = Attempts(Store(tmp_path), "job", Worker.this())
+    here.conclude_lost("lost")
+    (lost,), (alive,) = here.of("000000"), here.of("000001")
+    assert lost.ended is not None and lost.ended.how == "vanished"
+    assert alive.ended is None
+
+
 # --- asked to stop
 
 
@@ -260,6 +275,29 @@ def test_without_the_library_it_says_what_to_install(
     assert main(["encode", "shards", "out", "--model-path", "model", "--launcher", "ray"]) == 2
     assert "--launcher ray needs the library ray" in (said := capsys.readouterr().err)
     assert said.endswith("pip install streamprep[ray]\n")
+
+
+def test_an_actor_says_why_it_cannot_start_a_rank(tmp_path: Path) -> None:
+    nobody_listens = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    actor = RankActor()
+    assert "give the command in a folder that every node has" in (actor.start([], {}, f"{tmp_path}/no") or "")
+    assert "cannot reach this command at 127.0.0.1:1: " in (actor.start([], nobody_listens, str(tmp_path)) or "")
+
+
+# --- what a rank is told
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(None, None), ("3", "3")])
+def test_ray_does_not_say_how_many_threads_a_rank_has(
+    ours: str | None, theirs: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in an actor
+    assert rank_environment({"OMP_NUM_THREADS": ours}).get("OMP_NUM_THREADS") == theirs
+
+
+def test_of_several_gpus_a_rank_has_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    assert rank_environment({})["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 # --- what these tests say in one word

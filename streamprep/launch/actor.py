@@ -61,7 +61,7 @@ class RankActor:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "streamprep", *arguments],
             cwd=folder,
-            env=_environment(environment),
+            env=rank_environment(environment),
             stdin=subprocess.DEVNULL,
             stdout=self._said[0].file,
             stderr=self._said[1].file,
@@ -104,8 +104,12 @@ class _Said:
         return text
 
 
-def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    """This process's, as a rank is to have it: killed with us, and with one GPU in view."""
+def rank_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's, as a rank is to have it: killed with us, and with one GPU in view.
+
+    Args:
+        changes: Variables to set, or to leave out.
+    """
     new = {name: value for name, value in os.environ.items() if name not in changes}
     new |= {name: value for name, value in changes.items() if value is not None}
     new[LAUNCHER] = f"{os.getpid()} SIGKILL"  # Ray gives our GPU and memory to another at once
