@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from streamprep import canonical
+from streamprep.ranks import TOKEN
 from streamprep.storage import FileEntry, Store
 
 How = Literal["stopped", "exception", "signal", "machine", "vanished"]
@@ -40,7 +42,7 @@ class Worker:
     """One process, so described that others can tell whether it still lives."""
 
     token: str
-    """Drawn anew by every process."""
+    """Another for every process."""
     host: str
     machine: str
     """Which processes can see it: of the same boot and the same namespace of process ids."""
@@ -53,7 +55,7 @@ class Worker:
     def this(cls, rank: int = 0) -> Worker:
         """This process."""
         return cls(
-            token=uuid.uuid4().hex[:12],
+            token=os.environ.get(TOKEN) or uuid.uuid4().hex[:12],
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
@@ -202,6 +204,16 @@ class Attempts:
                 attempt = dataclasses.replace(attempt, ended=ended)
             concluded.append(attempt)
         return concluded
+
+    def conclude_lost(self, token: str) -> None:
+        """Note the end of a process of which a launcher knows, though it cannot be seen from here.
+
+        Args:
+            token: Its own.
+        """
+        for attempt in itertools.chain.from_iterable(self.all().values()):
+            if attempt.ended is None and attempt.by.token == token:
+                self.end(attempt, _VANISHED)
 
     def failed(self) -> dict[str, list[Attempt]]:
         """The units that are set aside, with what happened to those who tried."""
