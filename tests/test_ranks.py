@@ -62,6 +62,7 @@ def test_ranks_share_the_units_and_write_what_one_process_writes(
     assert ranks[1].output == ranks[2].output == ""
 
 
+@pytest.mark.slow
 def test_more_ranks_than_units_end_too(
     new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, shards: Path
 ) -> None:
@@ -74,7 +75,14 @@ def test_more_ranks_than_units_end_too(
 # --- ranks die
 
 
-@pytest.mark.parametrize("step", [step for step in JOB_STEPS if step not in ("stop", "failed", "delete", "quarantine")])
+@pytest.mark.parametrize(
+    "step",
+    [
+        step if step in ("attempt", "data", "record", "success") else pytest.param(step, marks=pytest.mark.slow)
+        for step in JOB_STEPS
+        if step not in ("stop", "failed", "delete", "quarantine")
+    ],
+)
 def test_a_rank_that_dies_at_a_durable_step_is_no_loss_to_the_others(
     new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, shards: Path, step: str
 ) -> None:
@@ -160,6 +168,7 @@ def test_a_rank_may_join_late_and_one_that_finds_all_done_leaves(
     assert_done(job, undisturbed(slow_shards))
 
 
+@pytest.mark.slow
 def test_finalize_by_hand_while_ranks_run_is_refused_or_right(
     new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, slow_shards: Path, forks: Forks
 ) -> None:
@@ -196,7 +205,7 @@ def test_sigterm_finishes_the_unit_at_hand_and_takes_no_other(
     assert job.problems() == []
 
 
-@pytest.mark.parametrize("grace_seconds", [0, 1])
+@pytest.mark.parametrize("grace_seconds", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_drops_a_unit_that_takes_longer_than_the_grace(
     new_job: NewJob, shards: Path, grace_seconds: float
 ) -> None:
@@ -243,6 +252,7 @@ def test_a_unit_that_kills_its_process_twice_is_set_aside_and_the_rest_is_done(
     assert not list((job.out / "_streamprep").glob("failed/*"))
 
 
+@pytest.mark.slow
 def test_a_unit_set_aside_again_is_an_error_again(new_job: NewJob, shards: Path) -> None:
     job = new_job()
     poison = {"ODD_UNITS": "000001=raise"}
@@ -255,7 +265,7 @@ def test_a_unit_set_aside_again_is_an_error_again(new_job: NewJob, shards: Path)
     assert job.problems() == []
 
 
-@pytest.mark.parametrize("point", ["failed", "failed.after"])
+@pytest.mark.parametrize("point", ["failed", pytest.param("failed.after", marks=pytest.mark.slow)])
 def test_a_process_that_dies_while_it_sets_a_unit_aside_leaves_that_to_the_next(
     new_job: NewJob, shards: Path, point: str
 ) -> None:
@@ -316,7 +326,7 @@ def test_nproc_starts_ranks_and_starts_those_that_die_again(
     launcher.wait_until_all_gone(seconds=10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_launcher_that_is_stopped_or_killed_leaves_no_rank(
     new_job: NewJob, undisturbed: Undisturbed, slow_shards: Path, number: signal.Signals
 ) -> None:
