@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -16,7 +17,7 @@ from obstore.store import from_url
 
 from servers.faults import Answer, CutReply, DropHeaders, Flip, LoseReply, Reset, StallReply
 from servers.http_files import http_files
-from servers.s3_buckets import unfinished_uploads
+from servers.s3_buckets import s3_client, unfinished_uploads
 
 if TYPE_CHECKING:
     from object_stores import Faulty, NewBucket
@@ -196,6 +197,20 @@ def test_all_goes_through_the_proxy_as_it_is(behind: tuple[Any, Any]) -> None:
     kinds = proxy.kinds()
     assert (kinds["put part"], kinds["complete multipart"], kinds["get"], kinds["list"]) == (5, 1, 1, 1)
     assert sum(request.sent_bytes for request in proxy.requests if request.kind == "put part") == len(data)
+
+
+def test_boto3_which_waits_for_100_continue_goes_through_the_proxy(
+    s3_server: Server, new_bucket: NewBucket, faulty: Faulty
+) -> None:
+    bucket = new_bucket(s3_server).removeprefix("s3://")
+    env, proxy = faulty(s3_server)
+    rule = proxy.inject("^PUT", Answer(503), times=1)
+    client = s3_client(env)
+    client.put_object(Bucket=bucket, Key="k", Body=io.BytesIO(CONTENT))
+    assert client.get_object(Bucket=bucket, Key="k")["Body"].read() == CONTENT
+    first, *_ = (request for request in proxy.requests if request.kind == "put")
+    assert rule.hits == 1
+    assert first.headers["expect"] == "100-continue"
 
 
 @pytest.mark.parametrize(
