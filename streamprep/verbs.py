@@ -82,7 +82,7 @@ def encode(config: EncodeConfig) -> int:
 
 def run(config: RunConfig) -> int:
     """Pack, encode, print the totals."""
-    shards = config.shards or f"{config.out}/_streamprep/shards"
+    shards = config.shards or f"{config.out.rstrip('/')}/_streamprep/shards"
     pack_dataset(
         PackConfig(
             dataset=config.dataset,
