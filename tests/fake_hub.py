@@ -1,6 +1,7 @@
 """A fake of the Hugging Face hub: what huggingface_hub and datasets ask of it, answered from a folder.
 
-It is no hub: no accounts, no Xet, one commit. Point the libraries at it by ``HF_ENDPOINT``, before they are imported.
+It is no hub: no accounts, no Xet, one commit, nothing can be written. Point the libraries at it by ``HF_ENDPOINT``,
+before they are imported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def serve(repositories: dict[str, Path], log: list[str] | None = None) -> Iterat
         log: Gets a line for each request, and the answer's status.
     """
 
-    class Handler(_Handler):
+    class Handler(HubHandler):
         served = repositories
         requests = log if log is not None else []
 
@@ -45,7 +46,9 @@ def downloaded(log: list[str]) -> set[str]:
     return {match[1] for match in sent if match}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers who reads. `servers.fake_hf` makes of it a hub that can be written, with more commits than one."""
+
     served: dict[str, Path]
     requests: list[str]
     protocol_version = "HTTP/1.1"
@@ -62,26 +65,33 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr."""
 
+    def snapshot(self, repository: str, revision: str) -> tuple[str, Path] | None:
+        """The commit that a repository's revision means, and the folder of its files."""
+        root = self.served.get(repository)
+        return None if root is None or revision not in ("main", COMMIT) else (COMMIT, root)
+
     def _answer(self, body: bytes = b"") -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
         # Of a model, only the API's paths say that it is one.
         found = re.fullmatch(r"/((?P<api>api/)(models|datasets)/|datasets/)?(?P<id>[^/]+/[^/]+?)(/(?P<rest>.*))?", path)
-        root = self.served.get(found["id"]) if found else None
-        if found is None or root is None:
+        if found is None or self.snapshot(found["id"], "main") is None:
             self._send(HTTPStatus.NOT_FOUND, b'{"error":"Repository not found"}', {"X-Error-Code": "RepoNotFound"})
             return
         kind, _, rest = (found["rest"] or "").partition("/")
         revision, _, inside = rest.partition("/")
-        if revision not in ("", "main", COMMIT):
+        snapshot = self.snapshot(found["id"], revision or "main")
+        if snapshot is None:
             self._send(HTTPStatus.NOT_FOUND, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif kind == "resolve" and (root / inside).is_file():
-            self._send_file(root / inside)
+            return
+        commit, root = snapshot
+        if kind == "resolve" and (root / inside).is_file():
+            self._send_file(root / inside, commit)
         elif found["api"] and kind in ("", "revision"):
             siblings = [{"rfilename": str(file.relative_to(root))} for file in _files(root)]
             info = {
                 "id": found["id"],
-                "sha": COMMIT,
+                "sha": commit,
                 "private": False,
                 "gated": False,
                 "tags": [],
@@ -106,9 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
         entries = sorted(folder.rglob("*") if recursive else folder.iterdir())
         self._send_json([_entry(root, entry) for entry in entries])
 
-    def _send_file(self, file: Path) -> None:
+    def _send_file(self, file: Path, commit: str) -> None:
         data = file.read_bytes()
-        headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             self._send(HTTPStatus.OK, data, headers)

@@ -6,6 +6,7 @@
 ``rclone``         S3 that ignores the conditions of a put: the store that must be refused
 ``azurite``        Azure's own emulator of its blob storage; from npm, so not everywhere
 ``fake_gs``        a fake of Google's XML API
+``fake_hf``        a fake of the Hugging Face hub, which takes commits
 ``fault_proxy``    stands between a client and any of these, and makes requests fail as told
 =================  ===============================================================================
 
@@ -27,8 +28,8 @@ class Server:
     name: str
     url: str
     """Its endpoint, without a slash at the end."""
-    scheme: str
-    """``s3``, ``gs`` or ``az``."""
+    root: str
+    """What the URLs of its buckets begin with: ``s3://``, ``gs://``, ``az://``, ``hf://datasets/fake/``."""
     env: Mapping[str, str]
     """The environment variables by which a client finds it and is let in."""
     create_bucket: Callable[[str], None]
@@ -37,7 +38,7 @@ class Server:
         """Make an empty bucket and give its URL."""
         name = f"test-{uuid4().hex[:12]}"
         self.create_bucket(name)
-        return f"{self.scheme}://{name}"
+        return f"{self.root}{name}"
 
     def behind(self, proxy_url: str) -> Server:
         """The same server, as who must go through a proxy sees it."""

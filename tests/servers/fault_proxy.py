@@ -23,7 +23,19 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from servers.faults import Answer, CutReply, Delay, Fault, Flip, LoseReply, Request, Reset, Rule, StallReply
+from servers.faults import (
+    Answer,
+    CutReply,
+    Delay,
+    DropHeaders,
+    Fault,
+    Flip,
+    LoseReply,
+    Request,
+    Reset,
+    Rule,
+    StallReply,
+)
 from servers.wire import UNTIL_END, Head, Piece, read_body, read_head, reply_length, request_length
 
 MAX_HEAD_BYTES = 1 << 20
@@ -155,7 +167,7 @@ class FaultProxy:
                 await asyncio.sleep(seconds)
         server_reader, server_writer = await asyncio.open_connection(*self._upstream, limit=MAX_HEAD_BYTES)
         _flush_always(server_writer)
-        server_writer.write(head.raw)
+        server_writer.write(_request_head(head, request.fault))
         upload = asyncio.create_task(_pass_request(request, head, reader, server_writer))
         download = asyncio.create_task(_pass_reply(request, server_reader, writer))
         try:
@@ -207,6 +219,14 @@ def fault_proxy(upstream: str, *, seed: int = 0) -> Iterator[FaultProxy]:
         loop.call_soon_threadsafe(stop.set)
         thread.join(30)
         assert not thread.is_alive()
+
+
+def _request_head(head: Head, fault: Fault | None) -> bytes:
+    if not isinstance(fault, DropHeaders):
+        return head.raw
+    first_line, *lines = head.raw.split(b"\r\n")
+    kept = [line for line in lines if line.partition(b":")[0].decode().strip().lower() not in fault.names]
+    return b"\r\n".join([first_line, *kept])
 
 
 async def _pass_request(

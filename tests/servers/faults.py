@@ -66,7 +66,18 @@ class Flip:
     """Where, as a share of the body."""
 
 
-Fault = Answer | Reset | CutReply | StallReply | LoseReply | Delay | Flip
+@dataclass(frozen=True, slots=True)
+class DropHeaders:
+    """The request reaches the server without these headers, as if the server knew nothing of them.
+
+    A server that checks signatures refuses it, if they are signed.
+    """
+
+    names: tuple[str, ...] = ("if-none-match", "if-match", "x-goog-if-generation-match")
+    """By default the conditions of a put: what is behind becomes a store that ignores them."""
+
+
+Fault = Answer | Reset | CutReply | StallReply | LoseReply | Delay | Flip | DropHeaders
 
 
 @dataclass(slots=True, eq=False)

@@ -23,4 +23,4 @@ def moto(folder: Path) -> Iterator[Server]:
     ) as [port]:
         url = f"http://127.0.0.1:{port}"
         env = s3_env(url)
-        yield Server(name="moto", url=url, scheme="s3", env=env, create_bucket=bucket_maker(env))
+        yield Server(name="moto", url=url, root="s3://", env=env, create_bucket=bucket_maker(env))

@@ -44,7 +44,7 @@ def seaweedfs(folder: Path) -> Iterator[Server]:
         ) as ports:
             url = f"http://127.0.0.1:{ports[0]}"
             env = s3_env(url)
-            yield Server(name="seaweedfs", url=url, scheme="s3", env=env, create_bucket=bucket_maker(env))
+            yield Server(name="seaweedfs", url=url, root="s3://", env=env, create_bucket=bucket_maker(env))
 
 
 def _command(data: str, identities: Path, ports: Sequence[int]) -> list[str]:

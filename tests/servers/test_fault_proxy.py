@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+
 from servers.fault_proxy import FaultProxy, fault_proxy
 from servers.faults import Answer, CutReply, Delay, Flip, LoseReply, Request, Reset, StallReply
 
@@ -49,7 +50,8 @@ class Echo(BaseHTTPRequestHandler):
         else:
             self._reply(self.rfile.read(int(self.headers["Content-Length"])))
 
-    do_POST = do_PUT
+    def do_POST(self) -> None:
+        self.do_PUT()
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on stderr."""
@@ -401,7 +403,8 @@ def test_a_test_can_wait_for_a_fault(proxy: FaultProxy, connect: Connect) -> Non
     ],
 )
 def test_requests_are_counted_by_what_they_ask(line: str, headers: dict[str, str], kind: str) -> None:
-    assert Request(*line.split(" "), headers).kind == kind
+    method, target = line.split(" ")
+    assert Request(method, target, headers).kind == kind
 
 
 def test_requests_are_noted_with_their_bytes(proxy: FaultProxy, connect: Connect) -> None:

@@ -1,0 +1,207 @@
+"""A fake of the Hugging Face hub that can be written: repositories, LFS uploads, and commits of many files.
+
+It adds to `fake_hub`, which can be read only, what ``HfApi.create_commit`` and ``create_repo`` ask for. A commit is
+there as a whole or not at all, and one whose ``parent_commit`` is no longer the last is refused with 412. It is no hub:
+one branch, one account, no Xet (``HF_HUB_DISABLE_XET`` is in its environment), no limit of commits an hour.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from fake_hub import HubHandler
+
+from servers import Server
+
+OWNER = "fake"
+TOKEN = "hf_fake"
+LFS_SUFFIXES = (".parquet", ".tar", ".mp4", ".bin", ".safetensors")
+LFS_FROM_BYTES = 10_000_000
+
+
+@contextmanager
+def fake_hf(folder: Path) -> Iterator[Server]:
+    """Serve while the context is open; files are under ``folder`` and removed at the end."""
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as data:
+        hub = _Hub(Path(data))
+        handler = type("Handler", (_Handler,), {"hub": hub, "requests": []})
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}"
+            env = {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+            try:
+                yield Server(
+                    name="fake_hf",
+                    url=url,
+                    root=f"hf://datasets/{OWNER}/",
+                    env=env,
+                    create_bucket=lambda name: hub.create(f"{OWNER}/{name}"),
+                )
+            finally:
+                server.shutdown()
+
+
+class _Refused(Exception):
+    def __init__(self, status: HTTPStatus, error: str) -> None:
+        self.status, self.error = status, error
+
+
+@dataclass(slots=True)
+class _Hub:
+    """Repositories, each a list of commits; a commit is a folder of its own, and the files in it never change."""
+
+    folder: Path
+    commits: dict[str, list[str]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def create(self, repository: str) -> None:
+        with self.lock:
+            first = hashlib.sha1(repository.encode()).hexdigest()
+            self.folder_of(repository, first).mkdir(parents=True)
+            self.commits[repository] = [first]
+
+    def folder_of(self, repository: str, commit: str) -> Path:
+        return self.folder / "repositories" / repository / commit
+
+    def blob(self, oid: str) -> Path:
+        """Where an LFS object's content is."""
+        return self.folder / "lfs" / oid
+
+    def store(self, oid: str, data: bytes) -> None:
+        if hashlib.sha256(data).hexdigest() != oid:
+            raise _Refused(HTTPStatus.BAD_REQUEST, "the content is not that of its digest")
+        self.blob(oid).parent.mkdir(exist_ok=True)
+        written = self.blob(f"{oid}.{threading.get_ident()}")
+        written.write_bytes(data)
+        written.replace(self.blob(oid))
+
+    def commit(self, repository: str, lines: Iterable[dict[str, Any]]) -> str:
+        """Add a commit; what it does is in lines as the hub takes them."""
+        with self.lock:
+            head = self.commits[repository][-1]
+            entries = list(lines)
+            parent = entries[0]["value"].get("parentCommit")
+            if parent not in (None, head):
+                raise _Refused(
+                    HTTPStatus.PRECONDITION_FAILED, "A commit has happened since. Please refresh and try again."
+                )
+            commit = hashlib.sha1(json.dumps([head, entries]).encode()).hexdigest()
+            there, new = self.folder_of(repository, head), self.folder_of(repository, commit)
+            shutil.copytree(there, new, copy_function=os.link)
+            try:
+                for entry in entries[1:]:
+                    self._apply(new, entry["key"], entry["value"])
+            except _Refused:
+                shutil.rmtree(new)
+                raise
+            self.commits[repository].append(commit)
+            return commit
+
+    def _apply(self, folder: Path, key: str, value: dict[str, Any]) -> None:
+        path = folder / value["path"]
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"{value['path']!r} is no path in a repository")
+        if key in ("deletedFile", "deletedFolder"):
+            if not path.exists():
+                raise _Refused(HTTPStatus.NOT_FOUND, f"A file with this name doesn't exist: {value['path']}")
+            shutil.rmtree(path) if key == "deletedFolder" else path.unlink()
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it is one file with that of the commit before
+        if key == "file":
+            path.write_bytes(base64.b64decode(value["content"]))
+        elif key == "lfsFile":
+            if not self.blob(value["oid"]).exists():
+                raise _Refused(HTTPStatus.NOT_FOUND, f"the LFS object {value['oid']} was not uploaded")
+            os.link(self.blob(value["oid"]), path)
+        else:
+            raise _Refused(HTTPStatus.NOT_IMPLEMENTED, f"this fake knows no {key}")
+
+
+class _Handler(HubHandler):
+    hub: _Hub
+
+    def do_PUT(self) -> None:
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def snapshot(self, repository: str, revision: str) -> tuple[str, Path] | None:
+        commits = self.hub.commits.get(repository, [])
+        commit = commits[-1] if commits and revision == "main" else revision
+        return (commit, self.hub.folder_of(repository, commit)) if commit in commits else None
+
+    def _answer(self, body: bytes = b"") -> None:
+        path = unquote(urlsplit(self.path).path)
+        try:
+            if not self._answer_writer(path, body):
+                super()._answer(body)
+        except _Refused as refused:
+            self._send(refused.status, json.dumps({"error": refused.error}).encode(), {})
+
+    def _answer_writer(self, path: str, body: bytes) -> bool:
+        """Answer what changes something, or leads to it. Returns whether it was such a request."""
+        if self.command == "PUT" and path.startswith("/lfs/"):
+            self.hub.store(path.removeprefix("/lfs/"), body)  # as on the hub, who knows the address is let in
+            self._send_json({})
+        elif path == "/api/repos/create":
+            self._authorize()
+            wanted = json.loads(body)
+            repository = f"{wanted.get('organization') or OWNER}/{wanted['name']}"
+            url = f"{self._own_url()}/datasets/{repository}"
+            if repository in self.hub.commits:
+                self._send(HTTPStatus.CONFLICT, json.dumps({"error": "it is there", "url": url}).encode(), {})
+            else:
+                self.hub.create(repository)
+                self._send_json({"url": url})
+        elif path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/preupload/main", path):
+            self._authorize(found[1])
+            self._send_json({"files": [_upload_mode(file) for file in json.loads(body)["files"]]})
+        elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self._authorize(found[1])
+            objects = [self._upload_action(wanted) for wanted in json.loads(body)["objects"]]
+            self._send_json({"transfer": "basic", "objects": objects})
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/commit/main", path):
+            self._authorize(found[1])
+            commit = self.hub.commit(found[1], map(json.loads, body.splitlines()))
+            url = f"{self._own_url()}/datasets/{found[1]}/commit/{commit}"
+            self._send_json({"success": True, "commitOid": commit, "commitUrl": url})
+        else:
+            return False
+        return True
+
+    def _authorize(self, repository: str | None = None) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise _Refused(HTTPStatus.UNAUTHORIZED, "Invalid username or password.")
+        if repository is not None and repository not in self.hub.commits:
+            raise _Refused(HTTPStatus.NOT_FOUND, "Repository not found")
+
+    def _upload_action(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        answer = {"oid": wanted["oid"], "size": wanted["size"]}
+        if self.hub.blob(wanted["oid"]).exists():
+            return answer
+        return {**answer, "actions": {"upload": {"href": f"{self._own_url()}/lfs/{wanted['oid']}"}}}
+
+    def _own_url(self) -> str:
+        """As the client knows it: it may have come through a proxy."""
+        return f"http://{self.headers['Host']}"
+
+
+def _upload_mode(file: dict[str, Any]) -> dict[str, Any]:
+    is_large = file["size"] >= LFS_FROM_BYTES or file["path"].endswith(LFS_SUFFIXES)
+    return {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
