@@ -228,8 +228,10 @@ def _client_options(place: Place, environment: Mapping[str, str]) -> ClientConfi
         "user_agent": "streamprep",
     }
     family = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}.get(place.scheme)
+    # An endpoint without TLS was asked for by name; it may stand in a service account's key, too.
     plain = family is not None and any(
-        name.startswith(family) and value.startswith("http://") for name, value in environment.items()
+        name.startswith(family) and ("http://" in value or name.endswith("_ALLOW_HTTP"))
+        for name, value in environment.items()
     )
     if plain or place.scheme == "http":
         options["allow_http"] = True

@@ -65,7 +65,7 @@ def understand(error: Exception, place: Place) -> Trouble:
         or status in ("401", "403")
     ):
         return Trouble("refused", f"it was refused ({said}). {advice(place)}")
-    if status == "416":
+    if status == "416" or "Wanted range starting at" in text:
         return Trouble("too short", said)
     if "credential" in text.lower() or "instance metadata" in text.lower() or "169.254.169.254" in text:
         return Trouble("refused", f"there are no credentials ({said}). {advice(place)}")
