@@ -35,7 +35,7 @@ import torch
 from _measure import environment, goal, markdown, parser, ratios, report, rounds_of, say, spread, work_folder
 
 from exporters.fastvideo import _OpenFile, open_shard, schema
-from streamprep.storage import Store
+from streamprep.storage import Store, open_store
 from streamprep.types import EncodedClip, EncodedSample
 
 LATENT_SHAPE, TEXT_SHAPE = (16, 20, 60, 104), (120, 4096)
@@ -121,8 +121,8 @@ def _methods(samples: Sequence[EncodedSample], out: Path) -> dict[str, Callable[
     return {
         "raw": functools.partial(_write_raw, samples, out / "raw"),
         "raw + sha256": functools.partial(_write_raw, samples, out / "raw", hashed=True),
-        "Parquet": functools.partial(_write_parquet, samples, Store(out)),
-        "streamprep": functools.partial(_write_with_streamprep, samples, Store(out)),
+        "Parquet": functools.partial(_write_parquet, samples, open_store(out)),
+        "streamprep": functools.partial(_write_with_streamprep, samples, open_store(out)),
         "FastVideo": functools.partial(_write_as_fastvideo, samples, out / "fastvideo.parquet"),
     }
 

@@ -181,7 +181,7 @@ def _whole_job(model: Path, work: Path, device: str) -> str:
     except (ImportError, OSError, RuntimeError) as error:
         return f"not run ({str(error).splitlines()[0]})"
     from exporters.fastvideo import FOLDER, read_file
-    from streamprep.storage import Store
+    from streamprep.storage import open_store
 
     make_clips(work / "dataset", num_clips=8)
     _streamprep("pack", work / "dataset", work / "shards")
@@ -191,7 +191,7 @@ def _whole_job(model: Path, work: Path, device: str) -> str:
         flags = ("--model-path", model, "--text-dtype", "float32", "--device", where, *JOB_FLAGS)
         _streamprep("encode", work / "shards", out, *flags)
         files = sorted((out / FOLDER).iterdir())
-        rows.append(dict(row for file in files for row in read_file(Store(out), f"{FOLDER}/{file.name}")))
+        rows.append(dict(row for file in files for row in read_file(open_store(out), f"{FOLDER}/{file.name}")))
     truth, found = rows
     if truth.keys() != found.keys():
         raise SystemExit(f"the devices wrote other rows: {sorted(truth.keys() ^ found.keys())}")

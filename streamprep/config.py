@@ -18,7 +18,20 @@ TEXT_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackSettings:
+class StoreSettings:
+    """How to write to a bucket; nothing of it shows in the output."""
+
+    spool_dir: str | None = None
+    """Local folder where files for a bucket are built before they are uploaded; by default that of temporary files."""
+    only_writer: bool = False
+    """Write to a bucket that cannot create files only if they are absent: you promise that no other process does."""
+
+    def __post_init__(self) -> None:
+        _local_folder(spool_dir=self.spool_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings(StoreSettings):
     """How to read and pack a dataset; shared by `pack` and `run`."""
 
     dataset_type: str = "auto"
@@ -37,6 +50,7 @@ class PackSettings:
     """Seed to shuffle the videos by before they are cut into shards; by default they are sorted."""
 
     def __post_init__(self) -> None:
+        StoreSettings.__post_init__(self)
         _at_least(1, shard_size_mb=self.shard_size_mb)
 
 
@@ -55,7 +69,7 @@ class PackConfig(PackSettings):
     """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
     --dataset-type hf."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder to write the shards to."""
+    """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..."""
     captions_only: bool = False
     """Leave the videos out: the shards are for --workload-type text only."""
     num_workers: int = 0
@@ -241,7 +255,7 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchSettings:
+class LaunchSettings(StoreSettings):
     """How many processes a job runs in, and how they go along with each other; nothing of it shows in the output."""
 
     nproc: str = "1"
@@ -260,9 +274,11 @@ class LaunchSettings:
     """Take a unit again whose process may have died, on another machine, when it has been away for so long, and for
     three times the slowest unit."""
     log_dir: str | None = None
-    """Folder for a log of every process as JSON lines; by default OUT/_streamprep/logs."""
+    """Folder for a log of every process as JSON lines; by default OUT/_streamprep/logs, or none if OUT is a bucket."""
 
     def __post_init__(self) -> None:
+        StoreSettings.__post_init__(self)
+        _local_folder(log_dir=self.log_dir)
         if self.nproc != "auto" and not (self.nproc.isdecimal() and int(self.nproc) >= 1):
             raise UserError(f"--nproc must be a number from 1, or auto, got {self.nproc!r}")
         _at_least(0, max_restarts=self.max_restarts, grace_seconds=self.grace_seconds)
@@ -285,9 +301,9 @@ class EncodeConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards", "out")
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder that `streamprep pack` wrote."""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
 
     def __post_init__(self) -> None:
         EncodeSettings.__post_init__(self)
@@ -305,7 +321,7 @@ class PlanConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards",)
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder that `streamprep pack` wrote."""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..."""
     out: str | None = None
     """Write every decision to this Parquet file."""
 
@@ -328,7 +344,7 @@ class RunConfig(EncodeSettings, PackSettings, LaunchSettings):
     """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
     --dataset-type hf."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
     shards: str | None = None
     """Folder for the shards; by default OUT/_streamprep/shards."""
 
@@ -350,7 +366,7 @@ class RetryConfig(LaunchSettings):
 
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Output of `streamprep encode`."""
+    """Output of `streamprep encode`: a folder or a URL."""
     reason: Annotated[tuple[str, ...], UseAppendAction] = ()
     """Only samples that are bad for this reason; may be given several times. By default for any."""
     failed: bool = False
@@ -394,7 +410,7 @@ class StatusConfig:
 
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Output of `streamprep encode`."""
+    """Output of `streamprep encode`: a folder or a URL."""
     contract: bool = False
     """Show the latent contract instead: what the tensors are, of which model, layer, normalisation, padding."""
 
@@ -422,7 +438,13 @@ class FinalizeConfig:
 
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Output of `streamprep encode`."""
+    """Output of `streamprep encode`: a folder or a URL."""
+
+
+def _local_folder(**fields: str | None) -> None:
+    for name, value in fields.items():
+        if value is not None and "://" in value:
+            raise UserError(f"--{name.replace('_', '-')} must be a local folder, got {value}")
 
 
 def _is_text(value: str) -> bool:

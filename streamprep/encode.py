@@ -45,7 +45,7 @@ from streamprep.selfcheck import check_encoder
 from streamprep.session import Session, end, open_session
 from streamprep.settle import describe_model, options_of, settle
 from streamprep.signals import sigterm_asks
-from streamprep.storage import Store, open_store
+from streamprep.storage import Store, check_writable, describe_traffic, is_remote, open_store
 from streamprep.types import ShardWriter
 
 
@@ -71,8 +71,8 @@ def encode(config: EncodeConfig, board: Board | None = None) -> Totals:
         LatentMismatch: if what is encoded contradicts itself.
         UnitsSetAside: if all is done but what kills every process that tries it.
     """
-    shards, out = open_store(config.shards), open_store(config.out)
-    if shards.root == out.root:
+    shards, out = open_store(config.shards), open_store(config.out, spool_dir=config.spool_dir)
+    if shards.same_place(out):
         raise UserError(f"{config.out} is the folder of the shards: encode into another one")
     config = settle(config, out)
     load_exporter(config)
@@ -100,6 +100,7 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, n
     manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
     job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
     filters = open_filters(shards, manifest, rules)
+    check_writable(current.store, only_writer=config.only_writer)
     with open_session(config, current.store, encoder.contract, heeds_stop=False) as session:
         session.progress.total = sum(unit.num_clips for unit in units)
         session.progress.message(title)
@@ -135,6 +136,7 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board
     plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract, filters)
     was_finalized = out.exists(job.SUCCESS)  # looked at first, lest another rank's that is true be deleted
     units = begun.unfinished() if begun else list(plan.units)
+    check_writable(out, only_writer=config.only_writer)
     if units and was_finalized:
         out.delete(job.SUCCESS, step="delete")
     with open_session(config, out, encoder.contract, board) as session:
@@ -215,7 +217,7 @@ def _encode_units(
                 stop.obey()
                 session.obey_others(current)
         stop.obey()
-        report = _stage_report(machinery, claims)
+        report = "\n".join((_stage_report(machinery, claims), *describe_traffic(shards, current.store)))
         session.log.event("idle", report=report)
         session.progress.message(report)
 
@@ -280,6 +282,8 @@ def _describe(plan: JobPlan, units: Sequence[Unit], config: EncodeConfig, contra
         f"dropped, {bad} with a bad header; {large}the text embeddings; {contract.family} {contract.variant} model "
         f"{contract.model}" + (f"; {count(rank.world_size, 'rank')}" if rank.world_size > 1 else "")
     ]
+    if is_remote(config.out) and config.log_dir is None:
+        lines.append("no logs are kept: OUT is a bucket; --log-dir FOLDER keeps them")
     if config.training_cfg_rate:
         lines.append(
             f"--training-cfg-rate {config.training_cfg_rate:g}: the same captions stay empty for good; dropping them "

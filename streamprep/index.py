@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from streamprep.config import IndexConfig
 from streamprep.errors import UserError
@@ -37,14 +38,15 @@ def index(config: IndexConfig) -> Manifest:
     if ranks > 1:
         raise UserError(f"`streamprep index` is one process with --num-workers, not {ranks} ranks: start it by itself")
     tars, store = open_store(config.shards), open_store(config.to or config.shards)
-    if store.root != tars.root and (store.root.is_relative_to(tars.root) or tars.root.is_relative_to(store.root)):
+    root, to = _local_path(tars), _local_path(store)
+    if to != root and (to.is_relative_to(root) or root.is_relative_to(to)):
         raise UserError(
             f"--to {config.to}: one of the folders is inside the other; choose a folder apart from the tars"
         )
     options = SourceOptions(
         caption_column=config.caption_column, prefix_keys=config.prefix_keys, skip_damaged=config.skip_damaged
     )
-    listing = list_dataset(tars.root, "webdataset", options)
+    listing = list_dataset(root, "webdataset", options)
     shards = _by_tar(listing)
     _check_nothing_of_others(store, tars, shards)
     record_listing(
@@ -80,8 +82,8 @@ def index_tar(open_video: OpenVideo, tars: Store, store: Store, name: str, sampl
         name: Of the tar.
         samples: In the tar's order.
     """
-    if store.root != tars.root:
-        store.link(name, tars.root / name, step="shard")
+    if not store.same_place(tars):
+        store.link(name, _local_path(tars) / name, step="shard")
     indexed = []
     for sample in samples:
         _, video, metadata = open_and_probe(open_video, sample)
@@ -93,6 +95,16 @@ def index_tar(open_video: OpenVideo, tars: Store, store: Store, name: str, sampl
     data = made.to_json()
     store.put(index_name(name), data, step="shard_index")
     return shard_info(made, data)
+
+
+def _local_path(store: Store) -> Path:
+    path = store.local_path()
+    if path is None:
+        raise UserError(
+            f"{store.url}: `streamprep index` reads tars of a local folder and links to them; copy them, or pack them "
+            "into shards of our own by `streamprep pack`"
+        )
+    return path
 
 
 def _by_tar(listing: Listing) -> dict[str, list[RawSample]]:
@@ -116,7 +128,7 @@ def _check_nothing_of_others(store: Store, tars: Store, shards: dict[str, list[R
     """An index is never written over a file of the same name that is not ours, such as another program's JSON."""
     if store.exists(PACK):
         return
-    theirs = [] if store.root == tars.root else list(shards)
+    theirs = [] if store.same_place(tars) else list(shards)
     for name in (MANIFEST, SKIPPED, *map(index_name, shards), *theirs):
         if store.exists(name):
             raise UserError(

@@ -264,9 +264,11 @@ def open_job(store: Store) -> Job:
         UserError: if there is none, or it is of another format.
     """
     try:
-        return Job(store, JobPlan.from_json(store.read(PLAN)))
+        data = store.read(PLAN)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{store.url} is not the output of `streamprep encode`: it has no {PLAN}") from None
+    try:
+        return Job(store, JobPlan.from_json(data))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{store.url}/{PLAN} cannot be read: {error}") from error
 

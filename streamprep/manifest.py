@@ -62,7 +62,7 @@ def load_manifest(store: Store) -> Manifest:
         UserError: if there is no manifest, or it is none of ours.
     """
     try:
-        value = json.loads(store.read(MANIFEST))
+        data = store.read(MANIFEST)
     except FileNotFoundError:
         if store.exists(PACK):
             raise UserError(
@@ -76,6 +76,8 @@ def load_manifest(store: Store) -> Manifest:
         raise UserError(
             f"{store.url} holds no shards (no {MANIFEST}): make them by `streamprep pack DATASET SHARDS`"
         ) from None
+    try:
+        value = json.loads(data)
     except ValueError as error:
         raise UserError(f"{store.url}/{MANIFEST} is not JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:

@@ -37,7 +37,7 @@ from streamprep.ranks import Rank, this_rank
 from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name, indexed_size_bytes
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, OpenVideo, SourceOptions
-from streamprep.storage import Store, open_store
+from streamprep.storage import Store, check_writable, open_store
 from streamprep.types import RawSample
 
 FORMAT = "streamprep-pack/1"
@@ -65,8 +65,8 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
         UnitsSetAside: if all is packed but what kills every process that tries it.
         OSError: if the machine fails; calling again goes on from there.
     """
-    store = open_store(config.shards)
-    if "://" not in config.dataset and open_store(config.dataset).root == store.root:
+    store = open_store(config.shards, spool_dir=config.spool_dir)
+    if "://" not in config.dataset and store.same_place(open_store(config.dataset)):
         raise UserError(f"{config.shards} is the dataset itself: pack into another folder")
     options = SourceOptions(video_column=config.video_column, caption_column=config.caption_column, split=config.split)
     listing = list_dataset(config.dataset, config.dataset_type, options)
@@ -81,6 +81,7 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
     if not store.exists(PACK):
         _check_nothing_of_others(store)
         _check_space(store, sum(sample.size_bytes for sample in listing.samples))
+    check_writable(store, only_writer=config.only_writer)
     options_used = {
         "shard_size_mb": config.shard_size_mb,
         "shuffle": config.shuffle,
@@ -168,7 +169,7 @@ def _check_nothing_of_others(store: Store) -> None:
 
 def _check_space(store: Store, needed_bytes: int) -> None:
     free = store.free_bytes()
-    if needed_bytes > free and not store.exists(PACK):
+    if free is not None and needed_bytes > free and not store.exists(PACK):
         raise UserError(f"{store.url} has {size(free)} free, the shards need {size(needed_bytes)}")
 
 

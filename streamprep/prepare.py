@@ -51,10 +51,9 @@ def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentCo
     if not plan.num_clips:
         why = "; ".join(f"{n} {reason} ({explain(reason)})" for reason, n in reasons.most_common())
         raise UserError(f"{shards.url}: none of {count(manifest.num_samples, 'sample')} would be encoded: {why}")
-    if plan.size_bytes > out.free_bytes():
-        raise UserError(
-            f"{out.url} has {size(out.free_bytes())} free, the output needs more than {size(plan.size_bytes)}"
-        )
+    free = out.free_bytes()
+    if free is not None and plan.size_bytes > free:
+        raise UserError(f"{out.url} has {size(free)} free, the output needs more than {size(plan.size_bytes)}")
     return plan
 
 

@@ -20,21 +20,23 @@ class RankLog:
     so that a command which finds nothing to do leaves none.
 
     Args:
-        folder: Made if need be.
+        folder: Made if need be; None for no file at all.
         worker: This process.
     """
 
-    def __init__(self, folder: Path, worker: Worker) -> None:
+    def __init__(self, folder: Path | None, worker: Worker) -> None:
         name = f"rank-{worker.rank:04d}-{worker.host}-{worker.pid}-{worker.token}.jsonl"
-        self._path = folder / name
+        self._path = folder / name if folder is not None else None
         self._rank = worker.rank
         self._lock = threading.Lock()
         self._lines: list[bytes] = []
         self._file: io.FileIO | None = None
-        self._ended = False
+        self._ended = folder is None
 
     def begin(self) -> None:
         """Write what was said, and from now on at once."""
+        if self._path is None:
+            return
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = io.FileIO(self._path, "a")

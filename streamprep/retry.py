@@ -64,7 +64,7 @@ def retry(config: RetryConfig) -> Retried:
     for reason in config.reason:
         if reason not in BAD_REASONS:
             raise UserError(f"--reason {reason}: there is no such reason; one of {', '.join(BAD_REASONS)}")
-    current = open_job(open_store(config.out))
+    current = open_job(open_store(config.out, spool_dir=config.spool_dir))
     attempts = Attempts(current.store, job.FOLDER, Worker.this())
     if config.failed:
         attempts.forget(attempts.failed())

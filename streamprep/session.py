@@ -108,7 +108,7 @@ def open_session(
     """This process as a rank, as its launcher says."""
     rank = this_rank()
     worker = Worker.this(rank.number)
-    with RankLog(Path(config.log_dir) if config.log_dir else out.root / LOGS, worker) as log:
+    with RankLog(_log_folder(config, out), worker) as log:
         log.event("start", host=worker.host, process=worker.pid, world_size=rank.world_size, device=config.device)
         try:
             yield Session(
@@ -130,6 +130,14 @@ def open_session(
             log.event("end", error=type(error).__name__, message=str(error))
             raise
         log.event("end")
+
+
+def _log_folder(config: EncodeConfig, out: Store) -> Path | None:
+    """Where logs go: a line at a time cannot be added to an object of a bucket."""
+    if config.log_dir:
+        return Path(config.log_dir)
+    root = out.local_path()
+    return None if root is None else root / LOGS
 
 
 def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> Totals:

@@ -85,7 +85,7 @@ def encode(config: EncodeConfig, board: Board | None = None) -> int:
 
 def run(config: RunConfig, board: Board | None = None) -> int:
     """Pack, encode, print the totals."""
-    shards = config.shards or f"{config.out}/_streamprep/shards"
+    shards = config.shards or f"{config.out.rstrip('/')}/_streamprep/shards"
     board = board or open_board(this_rank())  # one for both: rank 0 may be the one that holds it
     pack_dataset(
         PackConfig(

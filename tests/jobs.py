@@ -20,7 +20,7 @@ from forks import Forks, Process
 from streamprep.crashpoints import VARIABLE
 from streamprep.job import Job, open_job
 from streamprep.session import LOGS
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.verify import verify_job
 
 NUM_FRAMES, TRAIN_FPS = 5, 1
@@ -86,7 +86,7 @@ class EncodeJob:
     @property
     def job(self) -> Job:
         """As the commands see it."""
-        return open_job(Store(self.out))
+        return open_job(open_store(self.out))
 
     def num_records(self) -> int:
         """Units that are committed."""

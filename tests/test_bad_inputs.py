@@ -35,7 +35,7 @@ from streamprep.decoder import InlineDecoder
 from streamprep.job import open_job
 from streamprep.manifest import load_index, load_manifest
 from streamprep.plan import SamplingRules, plan_unit
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.stream import decode_units
 from streamprep.verify import verify_job
 
@@ -362,11 +362,11 @@ def finished(
 
 
 def test_the_job_is_whole(finished: Finished) -> None:
-    assert verify_job(open_job(Store(finished.out))).problems == []
+    assert verify_job(open_job(open_store(finished.out))).problems == []
 
 
 def test_every_good_video_is_a_row_and_nothing_else_is(finished: Finished) -> None:
-    store = Store(finished.out)
+    store = open_store(finished.out)
     files = [file.name for record in open_job(store).records() for file in record.files]
     rows = [row_id for name in files for row_id, _ in read_file(store, name)]
     assert len(finished.wanted) > 20
@@ -378,7 +378,7 @@ def test_every_good_video_shows_the_right_frames(finished: Finished, request: py
     rules = SamplingRules(
         **RULES, video_length_tolerance_range=None, speed_factor=1.0, max_pixels=2**26, video_loader_type=loader
     )
-    store = Store(finished.out / "_streamprep/shards")
+    store = open_store(finished.out / "_streamprep/shards")
     units = [plan_unit("000000", load_index(store, info), rules) for info in load_manifest(store).shards]
     good = [
         dataclasses.replace(unit, clips=tuple(clip for clip in unit.clips if clip.file_name in finished.wanted))
@@ -393,7 +393,7 @@ def test_every_good_video_shows_the_right_frames(finished: Finished, request: py
 
 
 def test_every_bad_file_is_recorded_with_a_reason_that_fits(finished: Finished) -> None:
-    current = open_job(Store(finished.out))
+    current = open_job(open_store(finished.out))
     found = {clip.key: clip for record in current.records() for clip in current.read_quarantine(record)}
     expected = {path_of("bad", name).rpartition(".")[0]: reasons for name, (_, reasons) in BAD.items()}
     assert {key: clip.reason for key, clip in found.items() if clip.reason not in expected.get(key, ())} == {}

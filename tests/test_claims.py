@@ -18,7 +18,7 @@ from streamprep.board import BoardGone, LocalBoard, LostBoard, StoreBoard, open_
 from streamprep.claims import Claims, Timing, Wait, is_to_blame
 from streamprep.errors import UserError
 from streamprep.ranks import this_rank
-from streamprep.storage import Store
+from streamprep.storage import Store, open_store
 
 UNITS = [f"{number:06d}" for number in range(6)]
 TIMING = Timing(stale_seconds=300, unmarked_seconds=60, poll_seconds=30)
@@ -67,7 +67,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    return World(Store(tmp_path))
+    return World(open_store(tmp_path))
 
 
 def take(rank: Claims) -> str:

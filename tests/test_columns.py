@@ -18,7 +18,7 @@ from streamprep.cli import main
 from streamprep.columns import ColumnTypes, keep
 from streamprep.errors import UserError
 from streamprep.shards import ShardSample
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.types import EncodedSample
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def test_a_file_of_a_unit_where_no_sample_has_a_column_has_it_all_the_same(tmp_p
     )
     columns = {"a.b": "int64", "score": "float64"}
     with fastvideo.open_shard(
-        Store(tmp_path), "000000", workload="text", samples_per_file=1, contract={}, columns=columns
+        open_store(tmp_path), "000000", workload="text", samples_per_file=1, contract={}, columns=columns
     ) as writer:
         writer.write(sample)
         (file,) = writer.close()

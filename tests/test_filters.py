@@ -30,7 +30,7 @@ from streamprep.manifest import load_manifest
 from streamprep.plan import Excluded, SamplingRules, explain, is_drop, plan_unit
 from streamprep.prepare import open_filters
 from streamprep.shards import ShardSample
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.stream import ClipStream
 from streamprep.types import DecodeRequest
 
@@ -808,7 +808,7 @@ def test_a_stream_of_clips_is_filtered_too(filtered_shards: Path) -> None:
         drop_short_ratio=0.0,
         filters=ALL,
     )
-    store = Store(filtered_shards)
+    store = open_store(filtered_shards)
     assert open_filters(store, load_manifest(store), rules).frame_filters == ["black", "static"]
     stream = ClipStream(str(filtered_shards), rules)
     assert [clip.key for clip in stream] == ["a0", "b0", "b1"]

@@ -20,7 +20,7 @@ from streamprep.encoders import Encoder, open_encoder
 from streamprep.errors import LatentMismatch
 from streamprep.job import open_job
 from streamprep.selfcheck import check_first_frame
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.types import ClipBatch
 
 TinyModels = Callable[[str], Path]
@@ -172,7 +172,7 @@ def test_a_job_whose_samples_disagree_stops_and_keeps_what_was_committed(
         "the conditioning latent of 'b1%20flash' begins with another frame than its video latent: they differ by"
         in (message)
     )
-    current = open_job(Store(out))
+    current = open_job(open_store(out))
     assert [record.unit for record in current.records()] == ["000000"]
     assert [path.name[:6] for path in (out / "combined_parquet_dataset").iterdir()] == ["000000"]
     assert cli.main(["status", str(out)]) == 4

@@ -27,7 +27,7 @@ from streamprep.finalize import finalize, totals
 from streamprep.job import Job, JobPlan, Unit, open_job, start_or_join
 from streamprep.plan import Excluded, UnitPlan
 from streamprep.record import BadClip, QuarantineFile, Record
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.types import EncodedClip, EncodedSample, TensorLocation, WrittenFile, WrittenRow
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def make_plan(num_units: int = 1, **fields: Any) -> JobPlan:
 
 
 def make_job(out: Path, num_units: int = 1, **fields: Any) -> Job:
-    return start_or_join(Store(out), make_plan(num_units, **fields))
+    return start_or_join(open_store(out), make_plan(num_units, **fields))
 
 
 def make_sample(key: str, value: float = 0.0) -> EncodedSample:
@@ -187,10 +187,10 @@ def test_a_plan_or_record_of_another_format_is_refused(read: Callable[[bytes], o
 
 def test_a_plan_that_cannot_be_read_is_the_users_to_look_at(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not the output of `streamprep encode`: it has no _streamprep/plan.json"):
-        open_job(Store(tmp_path))
-    Store(tmp_path).put(job.PLAN, b"{", step="plan")
+        open_job(open_store(tmp_path))
+    open_store(tmp_path).put(job.PLAN, b"{", step="plan")
     with pytest.raises(UserError, match=r"plan.json cannot be read"):
-        open_job(Store(tmp_path))
+        open_job(open_store(tmp_path))
 
 
 # --- one job for one output
@@ -199,7 +199,7 @@ def test_a_plan_that_cannot_be_read_is_the_users_to_look_at(tmp_path: Path) -> N
 def test_a_second_process_joins_the_job_and_its_plan_stays_the_first_ones(tmp_path: Path) -> None:
     make_job(tmp_path, shards="/data/shards")
     second = make_job(tmp_path, shards="/mnt/elsewhere/shards")
-    assert second.plan.shards == open_job(Store(tmp_path)).plan.shards == "/data/shards"
+    assert second.plan.shards == open_job(open_store(tmp_path)).plan.shards == "/data/shards"
 
 
 def test_a_job_of_another_fingerprint_is_refused_with_every_difference(tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def test_bad_samples_are_counted_and_listed_with_their_reasons(
 def copied(undisturbed: Undisturbed, shards: Path, tmp_path: Path) -> Job:
     """A finished job, for damaging."""
     shutil.copytree(undisturbed(shards).out, tmp_path / "out")
-    return open_job(Store(tmp_path / "out"))
+    return open_job(open_store(tmp_path / "out"))
 
 
 def a_record(current: Job) -> Record:

@@ -30,7 +30,7 @@ from streamprep.encoders.wan import WanEncoder
 from streamprep.errors import OutOfMemory
 from streamprep.job import open_job
 from streamprep.out_of_memory import BatchLimits, is_out_of_memory
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.types import ClipBatch
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def data_files(out: Path) -> list[str]:
 
 
 def halved(out: Path) -> dict[str, Mapping[str, int]]:
-    return {record.unit: record.halved for record in open_job(Store(out)).records()}
+    return {record.unit: record.halved for record in open_job(open_store(out)).records()}
 
 
 @pytest.mark.parametrize("fit", [1, 2])
@@ -413,7 +413,7 @@ def test_a_process_that_really_runs_out_of_memory_goes_on_with_less_at_once(
     )
     assert little.code == 0, little.output
     assert "\nmemory too little for whole batches" in little.output
-    (record,) = open_job(Store(tmp_path / "out")).records()
+    (record,) = open_job(open_store(tmp_path / "out")).records()
     assert record.num_rows == 16
     assert record.halved["5x128x224"] in (1, 2, 4, 8)
 

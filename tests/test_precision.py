@@ -28,7 +28,7 @@ from streamprep.job import check_same, open_job
 from streamprep.manifest import Manifest
 from streamprep.prepare import fingerprint
 from streamprep.settle import settle
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.types import ClipBatch
 
 TinyModels = Callable[[str], Path]
@@ -106,7 +106,7 @@ def test_a_job_in_bfloat16_is_near_one_in_float32_and_says_what_it_is(
         assert encode(shards, out, tiny_models(variant), *flags) == 0
         (file,) = (out / "combined_parquet_dataset").iterdir()
         rows[dtype] = pq.read_table(file).to_pylist()
-        contract = open_job(Store(out)).plan.contract
+        contract = open_job(open_store(out)).plan.contract
         assert (contract["video"]["dtype"], contract["text"]["dtype"]) == (dtype, dtype)
     for exact, rounded in zip(rows["float32"], rows["bfloat16"], strict=True):
         for name in ("vae_latent", "text_embedding", "first_frame_latent"):
@@ -119,7 +119,7 @@ def test_a_job_in_bfloat16_is_near_one_in_float32_and_says_what_it_is(
 
 @pytest.mark.parametrize(("asked", "settled"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
 def test_text_is_encoded_in_float32_on_a_cpu_unless_asked_for(asked: str, settled: str, tmp_path: Path) -> None:
-    assert settle(make_config(text_dtype=asked), Store(tmp_path)).text_dtype == settled
+    assert settle(make_config(text_dtype=asked), open_store(tmp_path)).text_dtype == settled
 
 
 @pytest.mark.parametrize("allow", [False, True])
@@ -127,7 +127,7 @@ def test_tf32_is_allowed_by_the_flag_alone(allow: bool, tmp_path: Path) -> None:
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
     for backend in backends:
         backend.allow_tf32 = not allow
-    config = settle(make_config(allow_tf32=allow), Store(tmp_path))
+    config = settle(make_config(allow_tf32=allow), open_store(tmp_path))
     assert [backend.allow_tf32 for backend in backends] == [allow, allow]
     assert config.allow_tf32 is False, "no CPU rounds to TF32"
 
@@ -136,7 +136,7 @@ def test_the_contract_of_a_cpu_says_that_nothing_was_rounded_to_tf32(
     shards: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert encode(shards, tmp_path / "out", tiny_model, "--allow-tf32") == 0
-    assert open_job(Store(tmp_path / "out")).plan.contract["video"]["tf32"] is False
+    assert open_job(open_store(tmp_path / "out")).plan.contract["video"]["tf32"] is False
     capsys.readouterr()
     cli.main(["status", str(tmp_path / "out"), "--contract"])
     assert any(line.split() == ["tf32", "no"] for line in capsys.readouterr().out.splitlines())
@@ -154,7 +154,7 @@ def test_the_contract_of_a_cpu_says_that_nothing_was_rounded_to_tf32(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused(device: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        settle(make_config(device=device), Store(tmp_path))
+        settle(make_config(device=device), open_store(tmp_path))
 
 
 # Offloading
@@ -224,7 +224,7 @@ def test_mean_and_variance_are_the_vaes_own(
     (name,) = (f"moments/{path.name}" for path in (out / "moments").iterdir())
     import moments_exporter
 
-    written = dict(moments_exporter.read_file(Store(out), name))
+    written = dict(moments_exporter.read_file(open_store(out), name))
     assert list(written) == ["0.mp4", "1.mp4", "2.mp4"]
     vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
     for batch in batches:
@@ -235,7 +235,7 @@ def test_mean_and_variance_are_the_vaes_own(
         for row, key in enumerate(batch.keys):
             assert np.array_equal(written[f"{key}.mp4"]["vae_latent"], posterior.mean[row].numpy())
             assert np.array_equal(written[f"{key}.mp4"]["vae_logvar"], posterior.logvar[row].numpy())
-    plan = open_job(Store(out)).plan
+    plan = open_job(open_store(out)).plan
     assert plan.contract["video"]["posterior"] == "moments"
     assert set(plan.contract["tensors"]) >= {"vae_latent", "vae_logvar", "text_embedding"}
     assert encode(shards, out, model, f"--workload-type={workload}", MOMENTS[1]) == 2, "of another posterior"
@@ -281,7 +281,7 @@ def test_plan_files_and_status_say_one_contract(
 
 
 def contract_as_in_plan(out: Path) -> dict[str, Any]:
-    return dict(open_job(Store(out)).plan.contract)
+    return dict(open_job(open_store(out)).plan.contract)
 
 
 CHANGES = {
@@ -351,7 +351,7 @@ def test_what_only_a_gpu_or_another_exporter_can_do_is_part_of_what_is_compared(
         for options in ({}, {option: value})
     )
     there = json.loads(json.dumps(there))
-    check_same(Store(tmp_path), there, there)
+    check_same(open_store(tmp_path), there, there)
     with pytest.raises(UserError) as refused:
-        check_same(Store(tmp_path), there, now)
+        check_same(open_store(tmp_path), there, now)
     assert str(refused.value).splitlines()[1:] == [f"  {difference}"]

@@ -21,7 +21,7 @@ from streamprep.crashpoints import RETRY_STEPS
 from streamprep.finalize import totals
 from streamprep.job import Round, Unit
 from streamprep.manifest import load_index, load_manifest
-from streamprep.storage import Store
+from streamprep.storage import open_store
 
 if TYPE_CHECKING:
     from forks import Forks
@@ -139,7 +139,7 @@ class Damaged:
 
     def __init__(self, shards: Path, keys: set[str]) -> None:
         self.shards = shards
-        store = Store(shards)
+        store = open_store(shards)
         self._before: list[tuple[Path, int, bytes]] = []
         for info in load_manifest(store).shards:
             for sample in load_index(store, info).samples:
@@ -378,7 +378,7 @@ def mostly_damaged(make_shards: Callable[..., Path], good_video: Any) -> Damaged
     """Two units of 15 videos, of which one is whole."""
     write = functools.partial(good_video, padding_bytes=SMALL_PADDING)
     shards = make_shards({f"{unit}{number:02d}.mp4": write for unit in "ab" for number in range(15)})
-    assert len(load_manifest(Store(shards)).shards) == 2
+    assert len(load_manifest(open_store(shards)).shards) == 2
     return Damaged(shards, {f"{unit}{number:02d}" for unit in "ab" for number in range(1, 15)})
 
 

@@ -21,7 +21,7 @@ from streamprep.errors import BadSample
 from streamprep.manifest import load_index, load_manifest
 from streamprep.pack import pack
 from streamprep.plan import SamplingRules, UnitPlan, plan_unit
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.stream import ClipStream, decode_units
 from streamprep.types import Clip
 
@@ -56,12 +56,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., P
     (videos / "no_video.mp4").write_bytes(b"<html>404</html>")
     (videos / "no_video.txt").write_text("No video.")
     pack(PackConfig(dataset=str(videos), shards=str(root / "shards"), shard_size_mb=1, num_workers=1))
-    assert len(load_manifest(Store(root / "shards")).shards) == 5
+    assert len(load_manifest(open_store(root / "shards")).shards) == 5
     return root / "shards"
 
 
 def plan_units(shards: Path) -> list[UnitPlan]:
-    store = Store(shards)
+    store = open_store(shards)
     return [
         plan_unit(f"{number:06d}", load_index(store, shard), RULES)
         for number, shard in enumerate(load_manifest(store).shards)
@@ -129,7 +129,7 @@ def test_ranks_and_workers_take_each_shard_exactly_once(shards: Path, world_size
             unit.shard
             for unit in ClipStream(str(shards), RULES, rank=r, world_size=world_size)._units(store, w, num_workers)
         ]
-        for store in [Store(shards)]
+        for store in [open_store(shards)]
         for r in range(world_size)
         for w in range(num_workers)
     ]
@@ -145,13 +145,15 @@ def test_a_rank_outside_its_world_is_refused(rank: int, world_size: int, shards:
 
 def test_a_stream_can_be_sent_to_a_spawned_worker(shards: Path) -> None:
     stream = pickle.loads(pickle.dumps(ClipStream(str(shards), RULES, rank=1, world_size=3)))
-    assert [unit.id for unit in stream._units(Store(shards), 0, 1)] == ["000001", "000004"]
+    assert [unit.id for unit in stream._units(open_store(shards), 0, 1)] == ["000001", "000004"]
 
 
 def test_units_are_decoded_in_the_order_of_their_plans(shards: Path, expected: dict[str, Tensor]) -> None:
     units = plan_units(shards)
     with InlineDecoder() as decoder:
-        results = [(unit.id, clip.key, decoded) for unit, clip, decoded in decode_units(Store(shards), units, decoder)]
+        results = [
+            (unit.id, clip.key, decoded) for unit, clip, decoded in decode_units(open_store(shards), units, decoder)
+        ]
     assert [(unit, key) for unit, key, _ in results] == [(unit.id, clip.key) for unit in units for clip in unit.clips]
     for _, key, decoded in results:
         assert decoded.key == key
@@ -166,7 +168,7 @@ def test_a_shard_that_was_cut_off_costs_the_clips_it_lacks(
     shards: Path, expected: dict[str, Tensor], tmp_path: Path
 ) -> None:
     first, second = plan_units(shards)[:2]
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     for unit in (first, second):
         (tmp_path / unit.shard).write_bytes((shards / unit.shard).read_bytes())
     with open(tmp_path / first.shard, "r+b") as file:

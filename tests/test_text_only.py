@@ -19,7 +19,7 @@ from streamprep.batches import TEXTS_AT_ONCE
 from streamprep.errors import UserError
 from streamprep.manifest import load_index, load_manifest
 from streamprep.sources import list_dataset
-from streamprep.storage import Store
+from streamprep.storage import open_store
 
 if TYPE_CHECKING:
     from forks import Forks
@@ -126,8 +126,8 @@ def test_packing_captions_only_leaves_the_videos_out(
     assert cli.main(["pack", str(dataset), str(shards), "--captions-only", "--num-workers=1"]) == 0
     assert cli.main(["verify", str(shards)]) == 0
     assert b"VIDEO" not in (shards / "000000.tar").read_bytes()
-    (info,) = load_manifest(Store(shards)).shards
-    samples = load_index(Store(shards), info).samples
+    (info,) = load_manifest(open_store(shards)).shards
+    samples = load_index(open_store(shards), info).samples
     assert [(sample.metadata["file_name"], sample.metadata["captions"]) for sample in samples] == [
         (name, [caption]) for name, caption in captions.items()
     ]

@@ -21,7 +21,7 @@ from streamprep.errors import UserError
 from streamprep.probe import ProbeError, probe_video
 from streamprep.progress import Progress, count
 from streamprep.sources import list_dataset
-from streamprep.storage import Store
+from streamprep.storage import open_store
 from streamprep.types import RawSample
 
 NAME = "videos2caption.json"
@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare_json_file.py: {error}", file=sys.stderr)
         return 2
     rows, unreadable = prepare(root, samples)
-    with Store(output.parent).new_file() as file:  # under a temporary name: a file that can be seen is whole
+    with open_store(output.parent).new_file() as file:  # under a temporary name: a file that can be seen is whole
         file.path.write_text(json.dumps(rows, indent=2))
         file.publish(output.name, step="data")
-    Store(output.parent).remove_unpublished()
+    open_store(output.parent).remove_unpublished()
     for name, problem in [*((name, "missing") for name in missing), *unreadable]:
         print(f"left out {name}: {problem}", file=sys.stderr)
     print(f"{count(len(rows), 'video')} in {output}, {len(missing) + len(unreadable)} left out")

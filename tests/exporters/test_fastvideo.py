@@ -65,7 +65,7 @@ def files_in(root: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_nothing_is_visible_before_close(exporter: str, tmp_path: Path) -> None:
     folder = plugins.load("streamprep.exporters", exporter).FOLDER
-    with open_shard(exporter, Store(tmp_path), samples_per_file=2) as writer:
+    with open_shard(exporter, open_store(tmp_path), samples_per_file=2) as writer:
         for number in range(5):
             writer.write(make_sample(number))
             assert not (tmp_path / folder).exists()
@@ -78,7 +78,10 @@ def test_nothing_is_visible_before_close(exporter: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("exporter", EXPORTERS)
 @pytest.mark.parametrize("num_samples", [0, 1, 2, 3])
 def test_nothing_is_left_after_an_error(exporter: str, num_samples: int, tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="boom"), open_shard(exporter, Store(tmp_path), samples_per_file=2) as writer:
+    with (
+        pytest.raises(KeyError, match="boom"),
+        open_shard(exporter, open_store(tmp_path), samples_per_file=2) as writer,
+    ):
         for number in range(num_samples):
             writer.write(make_sample(number))
         raise KeyError("boom")
@@ -87,14 +90,14 @@ def test_nothing_is_left_after_an_error(exporter: str, num_samples: int, tmp_pat
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_nothing_is_left_by_whoever_does_not_close(exporter: str, tmp_path: Path) -> None:
-    with open_shard(exporter, Store(tmp_path)) as writer:
+    with open_shard(exporter, open_store(tmp_path)) as writer:
         writer.write(make_sample())
     assert not files_in(tmp_path)
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_no_samples_make_no_files(exporter: str, tmp_path: Path) -> None:
-    assert write(exporter, Store(tmp_path)) == []
+    assert write(exporter, open_store(tmp_path)) == []
     assert not files_in(tmp_path)
 
 
@@ -102,7 +105,7 @@ def test_no_samples_make_no_files(exporter: str, tmp_path: Path) -> None:
 def test_written_files_are_described_as_they_are(exporter: str, tmp_path: Path) -> None:
     folder = plugins.load("streamprep.exporters", exporter).FOLDER
     samples = [make_sample(number) for number in range(5)]
-    written = write(exporter, Store(tmp_path), *samples, samples_per_file=2)
+    written = write(exporter, open_store(tmp_path), *samples, samples_per_file=2)
     assert [len(file.rows) for file in written] == [2, 2, 1]
     for file in written:
         name = Path(file.name)
@@ -122,9 +125,9 @@ def test_written_files_are_described_as_they_are(exporter: str, tmp_path: Path) 
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_the_same_samples_give_the_same_bytes(exporter: str, tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        write(exporter, Store(tmp_path / folder), *map(make_sample, range(5)), samples_per_file=2)
+        write(exporter, open_store(tmp_path / folder), *map(make_sample, range(5)), samples_per_file=2)
     assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
-    write(exporter, Store(tmp_path / "c"), *map(make_sample, range(6)), samples_per_file=2)
+    write(exporter, open_store(tmp_path / "c"), *map(make_sample, range(6)), samples_per_file=2)
     assert not set(files_in(tmp_path / "b")) >= set(files_in(tmp_path / "c"))
 
 
@@ -143,7 +146,7 @@ def test_what_is_written_is_read_back(
         make_sample(number, caption=caption, tensors={"vae_latent": torch.randn(*v), "text_embedding": torch.randn(*t)})
         for number, (v, t) in enumerate(shapes)
     ]
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     written = write(exporter, store, *samples)
     rows = [row for file in written for row in file.rows]
     read = [
@@ -170,7 +173,7 @@ def read_rows(root: Path) -> list[dict[str, Any]]:
 
 def test_a_row_is_fastvideos(tmp_path: Path) -> None:
     sample = make_sample(3)
-    (file,) = write("fastvideo", Store(tmp_path), sample)
+    (file,) = write("fastvideo", open_store(tmp_path), sample)
     assert Path(file.name).parent == Path("combined_parquet_dataset")
     (row,) = read_rows(tmp_path)
     assert row == {
@@ -194,12 +197,12 @@ def test_a_row_is_fastvideos(tmp_path: Path) -> None:
 
 def test_an_image_is_called_one(tmp_path: Path) -> None:
     clip = EncodedClip(width=96, height=64, num_frames=1, train_fps=16.0, source_fps=1.0, media_type="image")
-    write("fastvideo", Store(tmp_path), make_sample(clip=clip))
+    write("fastvideo", open_store(tmp_path), make_sample(clip=clip))
     assert read_rows(tmp_path)[0]["media_type"] == "image"
 
 
 def test_the_contract_is_in_every_file(tmp_path: Path) -> None:
-    written = write("fastvideo", Store(tmp_path), *map(make_sample, range(3)), samples_per_file=1)
+    written = write("fastvideo", open_store(tmp_path), *map(make_sample, range(3)), samples_per_file=1)
     for file in written:
         assert json.loads(pq.read_schema(tmp_path / file.name).metadata[b"streamprep.contract"]) == CONTRACT
 
@@ -207,7 +210,7 @@ def test_the_contract_is_in_every_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_stored_as_float32_which_is_all_fastvideo_reads(dtype: torch.dtype, tmp_path: Path) -> None:
     sample = make_sample(tensors={"vae_latent": torch.randn(16, 5, 2, 3).to(dtype)})
-    (file,) = write("fastvideo", Store(tmp_path), sample)
+    (file,) = write("fastvideo", open_store(tmp_path), sample)
     (row,) = read_rows(tmp_path)
     assert row["vae_latent_dtype"] == file.rows[0].tensors["vae_latent"].dtype == "float32"
     latent = np.frombuffer(row["vae_latent_bytes"], np.float32).reshape(row["vae_latent_shape"])
@@ -218,7 +221,7 @@ def test_other_dtypes_are_stored_as_float32_which_is_all_fastvideo_reads(dtype: 
     "caption", ["", " ", "Zo\u00eb: \u4f60\u597d \U0001f3ac", "two\nlines\x00", "x" * 100_000], ids=len
 )
 def test_captions_are_stored_as_they_are(caption: str, tmp_path: Path) -> None:
-    write("fastvideo", Store(tmp_path), make_sample(caption=caption))
+    write("fastvideo", open_store(tmp_path), make_sample(caption=caption))
     assert read_rows(tmp_path)[0]["caption"] == caption
 
 
@@ -226,7 +229,7 @@ def test_captions_are_stored_as_they_are(caption: str, tmp_path: Path) -> None:
 def test_offsets_are_right_whatever_the_size(shape: tuple[int, int], tmp_path: Path) -> None:
     """A Parquet page ends at 1 MB, but never inside a value."""
     sample = make_sample(caption="", tensors={"text_embedding": torch.randn(shape)})
-    (file,) = write("fastvideo", Store(tmp_path), sample, make_sample(1))
+    (file,) = write("fastvideo", open_store(tmp_path), sample, make_sample(1))
     where = file.rows[0].tensors["text_embedding"]
     assert (where.shape, where.size) == (shape, 4 * shape[0] * shape[1])
     found = np.fromfile(tmp_path / file.name, np.float32, where.size // 4, offset=where.offset)
@@ -247,14 +250,14 @@ def test_a_file_ends_at_its_size_or_its_rows(
     samples_per_file: int, rows: list[int], small_files: int, tmp_path: Path
 ) -> None:
     samples = [make_sample(number, tensors=make_sample().tensors) for number in range(5)]
-    written = write("fastvideo", Store(tmp_path), *samples, samples_per_file=samples_per_file)
+    written = write("fastvideo", open_store(tmp_path), *samples, samples_per_file=samples_per_file)
     assert [len(file.rows) for file in written] == rows
     assert [file.name.split("-")[1] for file in written] == [f"{number:05d}" for number in range(len(rows))]
     assert [row["id"] for row in read_rows(tmp_path)] == [sample.id for sample in samples]
 
 
 def test_a_row_is_a_row_group_stored_plainly(tmp_path: Path) -> None:
-    (file,) = write("fastvideo", Store(tmp_path), *map(make_sample, range(3)))
+    (file,) = write("fastvideo", open_store(tmp_path), *map(make_sample, range(3)))
     metadata = pq.read_metadata(tmp_path / file.name)
     assert metadata.num_row_groups == metadata.num_rows == 3
     for group in range(3):

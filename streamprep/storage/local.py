@@ -1,6 +1,6 @@
-"""One root, files below it: all reading and all durable writing goes through `Store`.
+"""A local folder, or one that all nodes see, by our own POSIX calls.
 
-Writing is all or nothing. A file is built under a temporary name in ``ROOT/.tmp``, flushed to the disk, then published
+A file is built under a temporary name in ``ROOT/.tmp``, flushed to the disk, then published
 under its final name, and the folder is flushed too: a file that can be seen can be trusted, after a power cut as well.
 A process holds a lock on its temporary files, so that those of dead processes can be told and removed.
 """
@@ -14,60 +14,44 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
-from urllib.parse import unquote
+from typing import Any, BinaryIO
 
 from streamprep.crashpoints import crash_point
-from streamprep.errors import UserError
+from streamprep.storage.interface import FileEntry, Store, StoreStats, parts_of
 
 _TEMPORARY_FOLDER = ".tmp"
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A file as a listing shows it."""
-
-    path: str
-    """Relative to the store's root."""
-    size_bytes: int
-    version: str
-    """Changes when the bytes do: here the modification time in ns."""
-
-
-def open_store(url: str | os.PathLike[str]) -> Store:
-    """The store of a local folder, given as a path or a ``file://`` URL; it need not exist yet.
-
-    Raises:
-        UserError: for any other kind of URL.
-    """
-    text = os.fspath(url)
-    if not text:
-        raise UserError("an empty path names no folder")
-    if "://" not in text:
-        return Store(Path(text))
-    scheme, _, rest = text.partition("://")
-    path = rest.removeprefix("localhost")
-    if scheme != "file" or not path.startswith("/") or "#" in path or "?" in path:
-        raise UserError(f"{text}: only local folders can be read and written, as a path or file:///absolute/path")
-    return Store(Path(unquote(path)))
-
-
-class Store:
-    """Files below one local folder. Paths are relative to it, with ``/``."""
+class LocalStore:
+    """Files below one local folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 - Path.absolute keeps '..'
+        self.stats = StoreStats()
 
     def __repr__(self) -> str:
-        return f"Store({self.url!r})"
+        return f"LocalStore({self.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
 
     @property
     def url(self) -> str:
-        """Where this is, as a user would write it."""
+        """Its path."""
         return str(self.root)
+
+    def local_path(self) -> Path | None:
+        """The folder."""
+        return self.root
+
+    def same_place(self, other: Store) -> bool:
+        """Whether both are the same folder, by its path."""
+        return self.root == other.local_path()
 
     # --- reading
 
@@ -123,18 +107,12 @@ class Store:
 
     # --- writing
 
-    def new_file(self) -> PendingFile:
+    def new_file(self) -> LocalFile:
         """A file that nobody sees until it is published; a context manager."""
-        return PendingFile(self)
+        return LocalFile(self)
 
     def put(self, path: str, data: bytes, *, step: str) -> None:
-        """Write a whole file, replacing what was there.
-
-        Args:
-            path: Where.
-            data: All of it.
-            step: Name of the durable step, for `crash_point`.
-        """
+        """Write a whole file, replacing what was there."""
         with self.new_file() as file:
             file.path.write_bytes(data)
             file.publish(path, step=step)
@@ -147,17 +125,12 @@ class Store:
             file.path.write_bytes(data)
             return file.publish(path, step=step, replace=False)
 
+    def check_create_only(self) -> bool:
+        """Local folders can, or say that they cannot when the first file is published."""
+        return True
+
     def link(self, path: str, target: Path, *, step: str) -> None:
-        """Make a name here stand for a file elsewhere, by a symbolic link; it is no error if it does already.
-
-        Args:
-            path: The name.
-            target: Absolute.
-            step: Name of the durable step, for `crash_point`.
-
-        Raises:
-            FileExistsError: if something else has the name.
-        """
+        """Make a symbolic link; it is no error if it is there already."""
         link = self._resolve(path)
         crash_point(step)
         _make_folder(link.parent)
@@ -200,21 +173,18 @@ class Store:
                 raise
 
     def _resolve(self, path: str) -> Path:
-        parts = PurePosixPath(path)
-        if parts.is_absolute() or ".." in parts.parts or not path:
-            raise ValueError(f"{path!r} is not a path below {self.root}")
-        return self.root / parts
+        return self.root / parts_of(path, below=self.url)
 
 
-class PendingFile:
+class LocalFile:
     """A file under a temporary name; `publish` gives it its final one, leaving the block without that removes it."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LocalStore) -> None:
         self._store = store
         self.path: Path
         """Where to write."""
 
-    def __enter__(self) -> PendingFile:
+    def __enter__(self) -> LocalFile:
         folder = self._store.root / _TEMPORARY_FOLDER
         while True:
             _make_folder(folder)
@@ -229,16 +199,7 @@ class PendingFile:
             os.close(self._lock)
 
     def publish(self, path: str, *, step: str, replace: bool = True) -> bool:
-        """Make the file durable, then visible.
-
-        Args:
-            path: The final name, relative to the store's root.
-            step: Name of the durable step, for `crash_point`.
-            replace: Whether a file of that name gives way.
-
-        Returns:
-            False if there was one and it did not give way.
-        """
+        """Flush the file to the disk, then give it its name; False if another has it and does not give way."""
         target = self._store._resolve(path)
         os.fsync(self._lock)
         crash_point(step)

@@ -1,0 +1,101 @@
+"""All reading and all durable writing goes through a `Store`: one root, files below it.
+
+`LocalStore` (``local.py``) is a folder, `ObjectStore` (``objects.py``) a place in a bucket, `WebStore` a place on a web
+server, which can only be read. Writing is all or nothing: a file that can be seen is whole and can be trusted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+from streamprep.errors import UserError
+from streamprep.progress import count, size
+from streamprep.storage.interface import FileEntry, PendingFile, Store, StoreError, StoreStats
+from streamprep.storage.local import LocalStore
+
+__all__ = [
+    "FileEntry",
+    "LocalStore",
+    "PendingFile",
+    "Store",
+    "StoreError",
+    "StoreStats",
+    "check_writable",
+    "describe_traffic",
+    "is_remote",
+    "open_store",
+]
+
+_SCHEMES = (
+    "use a path, file:///absolute/path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, or "
+    "https://HOST/PATH (which can only be read)"
+)
+
+
+def open_store(url: str | os.PathLike[str], *, spool_dir: str | None = None) -> Store:
+    """The store of a folder or of a place in a bucket, which need not exist yet. Nothing is asked of it here.
+
+    Args:
+        url: A path or a URL.
+        spool_dir: Local folder where files for a bucket are built; by default that for temporary files.
+
+    Raises:
+        UserError: for a URL of another kind.
+    """
+    text = os.fspath(url)
+    if not text:
+        raise UserError("an empty path names no folder")
+    if "://" not in text:
+        return LocalStore(Path(text))
+    if text.startswith("file://"):
+        return LocalStore(_path_of(text))
+    from streamprep.storage.objects import ObjectStore, WebStore
+    from streamprep.storage.places import WEB, parse_place
+
+    if text.startswith("hf://"):
+        raise UserError(f"{text}: the Hugging Face hub holds datasets to pack, not shards or latents; {_SCHEMES}")
+    place = parse_place(text)
+    if place is None:
+        raise UserError(f"{text}: no store is known by such a URL; {_SCHEMES}")
+    return WebStore(place) if place.scheme in WEB else ObjectStore(place, spool_dir=spool_dir)
+
+
+def check_writable(store: Store, *, only_writer: bool) -> None:
+    """Make sure that several processes may write: that the store creates a file only if it is absent, when told so.
+
+    Raises:
+        UserError: if it does not, unless the user promises that no other process writes; or if nothing can be written.
+    """
+    if not store.check_create_only() and not only_writer:
+        raise UserError(
+            f"{store.url}: this store overwrites an object though it is told to create it only if it is absent "
+            "(If-None-Match: *), so two processes could both believe that they were first. Use another store, or say "
+            "--only-writer if this process will be the only one to write there, retries and restarts included"
+        )
+
+
+def describe_traffic(*stores: Store) -> Iterator[str]:
+    """A line for each bucket that this process has asked something of."""
+    for store in stores:
+        stats = store.stats
+        if total := stats.requests.total():
+            kinds = ", ".join(f"{number} {kind}" for kind, number in stats.requests.most_common())
+            yield (
+                f"{store.url}: {count(total, 'request')} ({kinds}), {size(stats.bytes_read)} read, "
+                f"{size(stats.bytes_written)} written"
+            )
+
+
+def is_remote(url: str | None) -> bool:
+    """Whether this is no local folder."""
+    return url is not None and "://" in url and not url.startswith("file://")
+
+
+def _path_of(url: str) -> Path:
+    path = url.removeprefix("file://").removeprefix("localhost")
+    if not path.startswith("/") or "#" in path or "?" in path:
+        raise UserError(f"{url} names no local folder: it must be file:///absolute/path")
+    return Path(unquote(path))

@@ -1,0 +1,489 @@
+"""A place in a bucket (S3 and what speaks like it, Google Cloud Storage, Azure), by obstore; or on a web server.
+
+An object is whole when it can be seen, so nothing need be renamed: a file is built in the spool, a local folder, and
+uploaded under its final name, in parts if it is large. An upload that fails is aborted; what a killed process leaves of
+one is never seen, and the bucket's lifecycle rule for incomplete uploads removes it.
+
+Writing only if absent is a conditional put. It is sent once; where the reply is lost, what is there says who was first.
+
+A client starts threads, so it does not survive a fork: each process makes its own when it first needs one.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from errno import ENOENT, ENOSPC
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+
+import obstore
+import obstore.exceptions
+
+from streamprep.crashpoints import crash_point
+from streamprep.errors import UserError
+from streamprep.storage.interface import FileEntry, Store, StoreError, StoreStats, parts_of
+from streamprep.storage.local import LocalFile, LocalStore
+from streamprep.storage.places import Place, check_not_forked, connect
+from streamprep.storage.ranged import RangedFile
+from streamprep.storage.troubles import ERRORS, understand
+
+if TYPE_CHECKING:
+    from streamprep.storage.places import Client
+
+_PIECE_BYTES = 16 * 2**20
+"""Larger reads are several requests side by side: each is soon done, within the time that one may take."""
+_PIECES_AT_ONCE = 4
+_MULTIPART_ABOVE = 16 * 2**20
+_PART_BYTES = 8 * 2**20
+_MOST_PARTS = 9000  # S3 takes 10 000
+_PARTS_AT_ONCE = 4
+_ATTEMPTS = 3
+"""Of a whole upload; each request in it is sent again by the client first."""
+_LIST_PAGE = 1000
+_SPOOL_RESERVE_BYTES = 64 * 2**20
+
+
+class ObjectStore:
+    """Objects below one prefix of a bucket.
+
+    Args:
+        place: Which.
+        spool_dir: Where files are built; by default where temporary files go.
+    """
+
+    def __init__(self, place: Place, *, spool_dir: str | None = None) -> None:
+        self.place = place
+        self.stats = StoreStats()
+        self.spool = LocalStore(Path(spool_dir or tempfile.gettempdir()) / f"streamprep-spool-{os.getuid()}")
+        self._lock = threading.Lock()
+        self._client: Client | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        self._answered = False
+        self._bucket_seen = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"place": self.place, "spool_dir": str(self.spool.root.parent), "answered": self._answered}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["place"], spool_dir=state["spool_dir"])  # type: ignore[misc]
+        self._answered = state["answered"]
+
+    @property
+    def url(self) -> str:
+        """``s3://BUCKET/PREFIX``."""
+        return self.place.url
+
+    def local_path(self) -> Path | None:
+        """None: it is no folder."""
+        return None
+
+    def same_place(self, other: Store) -> bool:
+        """Whether both are the same prefix of the same bucket."""
+        return isinstance(other, ObjectStore) and self.place == other.place
+
+    # --- reading
+
+    def read(self, path: str) -> bytes:
+        """The whole object; `FileNotFoundError` if there is none."""
+        key = self._key(path)
+        with self._request(path) as client:
+            data = bytes(obstore.get(client, key).bytes())
+        self.stats.count("get", bytes_read=len(data))
+        return data
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes from ``offset``; `EOFError` if the object is shorter."""
+        if not size:
+            self.size_bytes(path)  # FileNotFoundError
+            return b""
+        starts = range(offset, offset + size, _PIECE_BYTES)
+        pieces = [(start, min(_PIECE_BYTES, offset + size - start)) for start in starts]
+        if len(pieces) == 1:
+            data = self._piece(path, offset, size)
+        else:
+            data = b"".join(self._reading().map(lambda piece: self._piece(path, *piece), pieces))
+        if len(data) < size:
+            raise EOFError(f"{path} has {self.size_bytes(path)} bytes, {offset + size} were expected")
+        return data
+
+    def _piece(self, path: str, offset: int, size: int, version: str | None = None) -> bytes:
+        """At most ``size`` bytes of an object that must still be of this version, if one is given."""
+        key = self._key(path)
+        wanted: Any = {"range": (offset, offset + size), **({"if_match": version} if version else {})}
+        try:
+            with self._request(path) as client:
+                data = bytes(obstore.get(client, key, options=wanted).bytes())
+        except _TooShort:
+            data = b""
+        self.stats.count("get", bytes_read=len(data))
+        return data
+
+    def open(self, path: str) -> BinaryIO:
+        """A seekable file, read in ranges, more of them ahead the longer it is read in order."""
+        found = self._head(path)
+        version = found["e_tag"]
+        return cast(
+            BinaryIO,
+            RangedFile(found["size"], lambda offset, size: self._piece(path, offset, size, version), name=path),
+        )
+
+    def exists(self, path: str) -> bool:
+        """Whether the object is there."""
+        try:
+            self._head(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size_bytes(self, path: str) -> int:
+        """Of an object; `FileNotFoundError` if there is none."""
+        return int(self._head(path)["size"])
+
+    def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
+        """The objects directly below a prefix whose names begin so, sorted."""
+        key = self._key(folder) if folder else None
+        with self._request(folder) as client:
+            found = obstore.list_with_delimiter(client, key)["objects"]
+        self.stats.count("list", number=1 + len(found) // _LIST_PAGE)
+        self._bucket_seen = True
+        start = f"{folder}/{prefix}" if folder else prefix
+        entries = [
+            FileEntry(str(one["path"]), int(one["size"]), str(one["e_tag"] or one["last_modified"]))
+            for one in found
+            if str(one["path"]).startswith(start)
+        ]
+        yield from sorted(entries, key=lambda entry: entry.path)
+
+    def free_bytes(self) -> int | None:
+        """None: a bucket is never full."""
+        return None
+
+    # --- writing
+
+    def new_file(self) -> PendingObject:
+        """A file in the spool."""
+        return PendingObject(self)
+
+    def put(self, path: str, data: bytes, *, step: str) -> None:
+        """Write a whole object, replacing what was there."""
+        self._key(path)
+        crash_point(step)
+        self._upload(path, data)
+        crash_point(f"{step}.after")
+
+    def put_if_absent(self, path: str, data: bytes, *, step: str) -> bool:
+        """Write a whole object unless one is there; see `_create`."""
+        self._key(path)
+        crash_point(step)
+        if not self._create(path, data):
+            return False
+        crash_point(f"{step}.after")
+        return True
+
+    def check_create_only(self) -> bool:
+        """Create one object twice: where that works, the store takes no notice of conditions."""
+        path = f".tmp/probe-{uuid.uuid4().hex}"
+        try:
+            honoured = self._create_until_refused(path)
+            self._delete(path)
+        except _Unsupported:
+            return False
+        except _Refused as error:
+            raise UserError(f"{error}. Writing and deleting must be allowed there") from None
+        return honoured
+
+    def _create_until_refused(self, path: str) -> bool:
+        """Whether an object cannot be created a second time; a try whose reply is lost tells nothing."""
+        times_created, tries = 0, 0
+        while times_created < 2:
+            tries += 1
+            try:
+                with self._request(path, writes=True) as client:
+                    obstore.put(client, path, b"%d" % tries, mode="create")
+                times_created += 1
+            except obstore.exceptions.AlreadyExistsError:
+                return True
+            except StoreError as error:
+                if not error.passing or tries == 2 * _ATTEMPTS:
+                    raise
+            finally:
+                self._count_put(1)
+        return False
+
+    def link(self, path: str, target: Path, *, step: str) -> None:
+        """A bucket has no links."""
+        raise UserError(f"{self.url}: a bucket cannot hold links to local files; choose a local folder")
+
+    def delete(self, path: str, *, step: str) -> None:
+        """Remove an object; it is no error if it is gone."""
+        self._key(path)
+        crash_point(step)
+        self._delete(path)
+        crash_point(f"{step}.after")
+
+    def remove_if_empty(self, folder: str) -> None:
+        """Nothing to do: folders are only names."""
+
+    def remove_unpublished(self) -> None:
+        """Remove from the spool what processes of this machine that died have left there."""
+        self.spool.remove_unpublished()
+
+    # --- requests
+
+    def _upload(self, path: str, source: bytes | Path) -> None:
+        """Write an object, in parts if it is large; a whole upload that failed is done again."""
+        key, size = self._key(path), _size(source)
+        part = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self._request(path, writes=True) as client:
+                    obstore.put(
+                        client,
+                        key,
+                        source,
+                        use_multipart=size > _MULTIPART_ABOVE,
+                        chunk_size=part,
+                        max_concurrency=_PARTS_AT_ONCE,
+                    )
+                break
+            except StoreError as error:
+                if not error.passing or attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(2**attempt)
+        self._count_put(size, part)
+        if (found := self.size_bytes(path)) != size:
+            raise StoreError(self._url(path), f"{size} bytes were written, {found} are there")
+
+    def _create(self, path: str, source: bytes | Path) -> bool:
+        """Write an object unless there is one, and say whether it was this call that did.
+
+        A conditional put whose reply is lost may have succeeded, and so may one that is answered by 500 and sent
+        again, to which the store then says that the object exists. A conflict (409) says that another writer is at it
+        just now, not that it will succeed. So unless the store says yes, what is there decides: our bytes were written
+        by us (or by somebody who wrote the same: it makes no difference then), other bytes by another, and if there is
+        nothing it is tried again. In one request, of which S3 takes 5 GB.
+        """
+        key = self._key(path)
+        problem = StoreError(self._url(path), "other writers kept it busy", passing=True)
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self._request(path, writes=True) as client:
+                    obstore.put(client, key, source, mode="create", use_multipart=False)
+                self._count_put(_size(source))
+                return True
+            except obstore.exceptions.AlreadyExistsError:
+                pass
+            except StoreError as error:
+                if not error.passing:
+                    raise
+                problem = error
+            self._count_put(_size(source))
+            there = self._is_there(path, source)
+            if there is not None:
+                return there
+            time.sleep(0.2 * 2**attempt)
+        raise problem
+
+    def _is_there(self, path: str, source: bytes | Path) -> bool | None:
+        """Whether an object is this one; None if there is no object."""
+        try:
+            if isinstance(source, bytes):
+                return self.read(path) == source
+            if self.size_bytes(path) != _size(source):
+                return False
+            with self.open(path) as theirs, open(source, "rb") as ours:
+                while data := ours.read(_PIECE_BYTES):
+                    if theirs.read(len(data)) != data:
+                        return False
+            return True
+        except FileNotFoundError:
+            return None
+
+    def _head(self, path: str) -> Any:
+        key = self._key(path)
+        with self._request(path) as client:
+            found = obstore.head(client, key)
+        self.stats.count("head")
+        return found
+
+    def _delete(self, path: str) -> None:
+        try:
+            with self._request(path) as client:
+                obstore.delete(client, path)
+        except FileNotFoundError:
+            pass
+        self.stats.count("delete")
+
+    def _count_put(self, size: int, part: int | None = None) -> None:
+        number = 1 if part is None or size <= _MULTIPART_ABOVE else 2 + -(-size // part)
+        self.stats.count("put", number=number, bytes_written=size)
+
+    @contextmanager
+    def _request(self, path: str, *, writes: bool = False) -> Iterator[Client]:
+        """Make one, in which obstore's errors become ours."""
+        client = self._connected()
+        try:
+            yield client
+        except obstore.exceptions.AlreadyExistsError:
+            self._answered = True
+            raise
+        except ERRORS as error:
+            self._raise(error, path, writes=writes)
+        self._answered = True
+
+    def _raise(self, error: Exception, path: str, *, writes: bool) -> NoReturn:
+        url = self._url(path)
+        if isinstance(error, FileNotFoundError) and not writes:
+            self._check_bucket()
+            raise FileNotFoundError(ENOENT, "there is no such object", url) from None
+        if isinstance(error, obstore.exceptions.PreconditionError):
+            raise StoreError(url, "it was replaced while it was read") from None
+        trouble = understand(error, self.place)
+        if trouble.kind == "too short":
+            raise _TooShort from None
+        if trouble.kind == "unsupported":
+            raise _Unsupported(url, trouble.what) from None
+        if trouble.kind in ("refused", "region", "no bucket"):
+            # Before the first answer the request is wrong, and nothing has been done; later, the machine fails.
+            if not self._answered:
+                raise UserError(f"{url}: {trouble.what}") from None
+            raise _Refused(url, trouble.what) from None
+        raise StoreError(url, trouble.what, passing=True) from None
+
+    def _check_bucket(self) -> None:
+        """Of an object that is not there: is the bucket? A request for one object does not always say."""
+        if self._bucket_seen:
+            return
+        client = self._connected()
+        try:
+            obstore.list_with_delimiter(client, ".tmp/no-such-folder")
+        except ERRORS as error:
+            trouble = understand(error, self.place)
+            if trouble.kind == "no bucket":
+                raise UserError(f"{self.url}: {trouble.what}") from None
+            if trouble.kind == "passing":
+                raise StoreError(self.url, trouble.what, passing=True) from None
+        self.stats.count("list")
+        self._bucket_seen = True  # or it may not be listed, but was there to say so
+
+    def _connected(self) -> Client:
+        check_not_forked()
+        with self._lock:
+            if self._client is None:
+                self._client = connect(self.place)
+            return self._client
+
+    def _reading(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="streamprep-read")
+            return self._readers
+
+    def _key(self, path: str) -> str:
+        return str(parts_of(path, below=self.url))
+
+    def _url(self, path: str) -> str:
+        return f"{self.url}/{path}" if path else self.url
+
+
+class PendingObject:
+    """A file of the spool, which `publish` uploads."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._file: LocalFile
+        self.path: Path
+        """Where to write."""
+
+    def __enter__(self) -> PendingObject:
+        spool = self._store.spool
+        try:
+            if (free := spool.free_bytes()) < _SPOOL_RESERVE_BYTES:
+                raise OSError(ENOSPC, f"only {free} bytes are free", str(spool.root))
+            self._file = spool.new_file().__enter__()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"no file for {self._store.url} can be built in the spool (--spool-dir): {error.strerror}",
+                str(spool.root),
+            ) from error  # fmt: skip
+        self.path = self._file.path
+        return self
+
+    def publish(self, path: str, *, step: str, replace: bool = True) -> bool:
+        """Upload the file; False if there is one of that name and it does not give way."""
+        self._store._key(path)
+        crash_point(step)
+        if replace:
+            self._store._upload(path, self.path)
+        elif not self._store._create(path, self.path):
+            return False
+        crash_point(f"{step}.after")
+        return True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+
+class WebStore(ObjectStore):
+    """Files below a URL of a web server: they can be read, not listed and not written."""
+
+    def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
+        """No web server lists its files in a way that all others do."""
+        raise UserError(
+            f"{self._url(folder)}: files on a web server cannot be listed, only those that are known be read"
+        )
+
+    def new_file(self) -> NoReturn:
+        """Refused."""
+        self._refuse()
+
+    def put(self, path: str, data: bytes, *, step: str) -> NoReturn:
+        """Refused."""
+        self._refuse()
+
+    def put_if_absent(self, path: str, data: bytes, *, step: str) -> NoReturn:
+        """Refused."""
+        self._refuse()
+
+    def delete(self, path: str, *, step: str) -> NoReturn:
+        """Refused."""
+        self._refuse()
+
+    def check_create_only(self) -> NoReturn:
+        """Refused."""
+        self._refuse()
+
+    def _check_bucket(self) -> None:
+        return
+
+    def _refuse(self) -> NoReturn:
+        raise UserError(f"{self.url} can only be read: write to a local folder or a bucket")
+
+
+class _TooShort(Exception):
+    """The range begins behind the end."""
+
+
+class _Refused(StoreError):
+    """The store did not let us, though it did before."""
+
+
+class _Unsupported(StoreError):
+    """The store does not know such a request."""
+
+
+def _size(source: bytes | Path) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
