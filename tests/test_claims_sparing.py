@@ -12,12 +12,12 @@ import pytest
 from streamprep.attempts import Attempts, Worker
 from streamprep.board import BoardGone, LocalBoard, LostBoard
 from streamprep.claims import Claims, Timing, Wait
-from streamprep.storage import FileEntry, Store
+from streamprep.storage import FileEntry, LocalStore
 
 UNITS = [f"{number:06d}" for number in range(200)]
 
 
-class CountingStore(Store):
+class CountingStore(LocalStore):
     """Counts what it is asked for."""
 
     def __init__(self, root: Path) -> None:
