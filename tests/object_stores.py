@@ -26,8 +26,8 @@ PROVIDERS = ("AWS_", "GOOGLE_", "AZURE_", "AZURITE_", "HF_")
 NewBucket = Callable[[Server], str]
 Faulty = Callable[[Server], tuple[Mapping[str, str], FaultProxy]]
 
-on_seaweedfs = pytest.param("seaweedfs_server", id="seaweedfs", marks=pytest.mark.s3)
-on_azurite = pytest.param("azurite_server", id="azurite", marks=pytest.mark.azurite)
+on_seaweedfs = pytest.param("seaweedfs_server", id="seaweedfs", marks=[pytest.mark.s3, pytest.mark.slow])
+on_azurite = pytest.param("azurite_server", id="azurite", marks=[pytest.mark.azurite, pytest.mark.slow])
 on_moto = pytest.param("moto_server", id="moto")
 on_fake_gs = pytest.param("fake_gs_server", id="fake_gs")
 

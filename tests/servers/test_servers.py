@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from servers import Server
 
 pytest_plugins = ["object_stores"]
+pytestmark = pytest.mark.slow
 
 RETRIES: Any = {
     "max_retries": 5,
