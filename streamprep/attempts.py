@@ -240,6 +240,9 @@ class Attempts:
         wanted = set(units)
         for entry in list(self._store.list(self._attempts)):
             if PurePosixPath(entry.path).name.rpartition("-")[0] in wanted:
+                for attempt in self.read([entry]):
+                    if attempt.by.is_gone(seen_by=self.worker):
+                        _last_words(attempt.by)  # which takes them away
                 self._store.delete(entry.path, step="withdraw")
         for unit in wanted:
             if self.is_failed(unit):
