@@ -198,10 +198,16 @@ class Attempts:
         concluded = []
         for attempt in attempts:
             if attempt.ended is None and attempt.by.is_gone(seen_by=self.worker):
-                told = _last_words(attempt.by)
-                ended = Ended(how="signal", message=told.partition("\n")[0], traceback=told) if told else _VANISHED
-                self.end(attempt, ended)
-                attempt = dataclasses.replace(attempt, ended=ended)
+                try:  # before it ended it may have said how, or withdrawn the mark
+                    attempt = Attempt.from_json(self._store.read(self.path(attempt)))
+                except FileNotFoundError:
+                    continue
+                if attempt.ended is None:
+                    told = _last_words(attempt.by)
+                    ended = Ended(how="signal", message=told.partition("\n")[0], traceback=told) if told else _VANISHED
+                    self.end(attempt, ended)
+                    attempt = dataclasses.replace(attempt, ended=ended)
+                _last_words_file(attempt.by).unlink(missing_ok=True)
             concluded.append(attempt)
         return concluded
 
@@ -242,13 +248,15 @@ class Attempts:
             if PurePosixPath(entry.path).name.rpartition("-")[0] in wanted:
                 for attempt in self.read([entry]):
                     if attempt.by.is_gone(seen_by=self.worker):
-                        _last_words(attempt.by)  # which takes them away
+                        _last_words_file(attempt.by).unlink(missing_ok=True)
                 self._store.delete(entry.path, step="withdraw")
         for unit in wanted:
             if self.is_failed(unit):
                 self._store.delete(f"{self._failed}/{unit}.json", step="withdraw")
 
     def _judge(self, unit: str) -> None:
+        if not unit[:1].isdecimal():  # no unit, but the end of a job: there is nothing to set aside
+            return
         told, silent = [], []
         for attempt in self.of(unit):
             if attempt.ended is not None and attempt.ended.how in ("exception", "signal"):
@@ -307,13 +315,10 @@ class LastWords:
 
 
 def _last_words(worker: Worker) -> str:
-    path = _last_words_file(worker)
     try:
-        words = path.read_text(errors="replace")[:8000]
-        path.unlink(missing_ok=True)
+        return _last_words_file(worker).read_text(errors="replace")[:8000]
     except OSError:
         return ""
-    return words
 
 
 def _last_words_file(worker: Worker) -> Path:

@@ -7,7 +7,10 @@ anything that counts: torchrun's own store, the store of our launcher, a Ray act
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import threading
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +19,10 @@ from streamprep.ranks import Rank
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store as TorchStore
+
+
+AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Whether the launcher holds the store, ``True`` or not; else rank 0 does."""
 
 
 class BoardGone(Exception):
@@ -149,17 +156,36 @@ def open_board(rank: Rank, *, timeout_seconds: float = 60.0) -> Board:
     """
     if not rank.launched or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return LocalBoard()
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    agents_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "True") == "True"
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    is_master = os.environ.get(AGENTS_STORE) != str(True) and rank.number == 0  # as torch itself has it
     try:
+        if not is_master:
+            _wait_for(host, int(port), timeout_seconds)
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
         store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=not agents_store and rank.number == 0,
+            host,
+            int(port),
+            is_master=is_master,
             wait_for_workers=False,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         return LostBoard(BoardGone(str(error).partition("\n")[0]))
     return StoreBoard(store, rank.world_size)
+
+
+def _wait_for(host: str, port: int, seconds: float) -> None:
+    """Until somebody listens there: torch would try for twice as long, and say much."""
+    deadline, said = time.monotonic() + seconds, False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        if not said:
+            sys.stderr.write(f"waiting for the ranks' board at {host}:{port}\n")
+            said = True
+        time.sleep(0.5)

@@ -2,7 +2,7 @@
 
 1. All ranks of a run count on one board (`streamprep.board`): the n-th call gets the n-th unit of the plan. What has a
    record, or is another process's, or has been somebody's end, is passed over.
-2. When the count is through, each rank looks every half minute for units without a record. It takes, one at a time and
+2. When the count is through, each rank looks now and then for units without a record. It takes, one at a time and
    in random order, those that nobody is at: whose process has died, or was stopped. Where it cannot know, because the
    process is on another machine, it must have seen it at the unit for five minutes, or for three times its own slowest
    unit if that is longer. It looks who is at what from its start on, so that by then this time may be over.
@@ -237,9 +237,11 @@ class Claims:
                 self._attempts.withdraw(attempt)
                 return False
         with self._changed:
-            self._open[unit] = attempt, self._clock()
-        with suppress(BoardGone):
-            self._board.add(f"taken.{attempt.by.rank}", 1)
+            if not self._stopping:  # else `__exit__` may be over: nobody would let go of it
+                self._open[unit] = attempt, self._clock()
+        if unit not in self._open:
+            self._attempts.withdraw(attempt)
+            return False
         if self._log is not None:
             self._log.event("claimed", unit=unit, alone=alone, others=[other.by.name for other in before])
         return True
@@ -309,6 +311,7 @@ class Claims:
             self._changed.notify_all()
         self._settled(unit)
         self._attempts.withdraw(attempt)
+        self._tell_settled(attempt)
 
     def gave_up(self, unit: str, ended: Ended) -> None:
         """A unit taken here has ended otherwise: it is at fault for what this process leaves with, and no other."""
@@ -350,6 +353,13 @@ class Claims:
             blamed = number == 0 and not self._fault_known and error is not None and is_to_blame(error)
             with suppress(OSError):  # a full disk: then our end is seen from our being gone
                 self._attempts.end(attempt, what_happened(error) if blamed and error else Ended(how="stopped"))
+                if blamed and self._attempts.is_failed(attempt.unit):
+                    self._tell_settled(attempt)
+
+    def _tell_settled(self, attempt: Attempt) -> None:
+        """For the launcher, who gives a rank up that dies again and again without getting anywhere."""
+        with suppress(BoardGone):
+            self._board.add(f"settled.{attempt.by.rank}", 1)
 
     def _settled(self, unit: str) -> None:
         assert self._left is not None

@@ -142,19 +142,17 @@ class Committer:
             return
         counts = self._with_open_unit(count_records(self.job))  # the tally may be wrong
         if self._too_many(counts):
-            self._stop(
-                f"{counts.num_bad} of {counts.num_attempted} samples are bad, more than max({_ALWAYS_ALLOWED_BAD}, "
-                f"{self._max_bad_fraction:.0%}): the settings may be wrong; if the data is, raise --max-bad-fraction",
-                counts,
-            )
+            self._stop_for(counts)
 
-    def check_any_rows(self) -> None:
-        """Stop the job if samples were attempted, by whatever process, and every one is bad.
+    def check_all(self) -> None:
+        """Stop the job if, of all samples, whatever process attempted them, too many are bad, or every one.
 
         Raises:
             TooManyBadSamples: and leaves ``stop.json`` with the reasons.
         """
         counts = count_records(self.job)
+        if self._max_bad_fraction is not None and self._too_many(counts):
+            self._stop_for(counts)
         if counts.num_bad and not counts.num_rows and not counts.num_dropped:
             self._stop(f"all {counts.num_bad} samples are bad: nothing was encoded", counts)
 
@@ -176,6 +174,13 @@ class Committer:
     def _too_many(self, counts: Counts) -> bool:
         assert self._max_bad_fraction is not None
         return counts.num_bad > max(_ALWAYS_ALLOWED_BAD, self._max_bad_fraction * counts.num_attempted)
+
+    def _stop_for(self, counts: Counts) -> NoReturn:
+        self._stop(
+            f"{counts.num_bad} of {counts.num_attempted} samples are bad, more than max({_ALWAYS_ALLOWED_BAD}, "
+            f"{self._max_bad_fraction:.0%}): the settings may be wrong; if the data is, raise --max-bad-fraction",
+            counts,
+        )
 
     def _stop(self, message: str, counts: Counts) -> NoReturn:
         by_reason = Counter(job.bad_now(self.job.records()))

@@ -81,13 +81,16 @@ def encode(config: EncodeConfig, board: Board | None = None) -> Totals:
     return run(config, shards, out, encoder, board)
 
 
-def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, name: str, title: str) -> None:
+def encode_again(
+    config: EncodeConfig, current: Job, units: Sequence[Unit], board: Board, *, name: str, title: str
+) -> None:
     """Encode units of a retry; one of any number of ranks.
 
     Args:
         config: The job's, where it matters.
         current: The job.
         units: All of the retry, done or not.
+        board: Of all ranks.
         name: Of the retry.
         title: Said first.
 
@@ -101,7 +104,7 @@ def encode_again(config: EncodeConfig, current: Job, units: Sequence[Unit], *, n
     job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
     filters = open_filters(shards, manifest, rules)
     check_writable(current.store, only_writer=config.only_writer)
-    with open_session(config, current.store, encoder.contract, heeds_stop=False) as session:
+    with open_session(config, current.store, encoder.contract, board, heeds_stop=False) as session:
         session.progress.total = sum(unit.num_clips for unit in units)
         session.progress.message(title)
         session.checked()
@@ -147,7 +150,8 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board
             obey_earlier_stop(begun, config.max_bad_fraction)
             _warn_of_other_versions(plan, progress, needed=bool(units))
         session.checked()
-        to_encode = [unit for unit in units if unit.num_clips and not session.attempts.is_failed(unit.id)]
+        failed = session.attempts.failed_units()
+        to_encode = [unit for unit in units if unit.num_clips and unit.id not in failed]
         with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
             current = begun or job.start_or_join(out, plan)
             current.store.remove_unpublished()
@@ -220,6 +224,7 @@ def _encode_units(
         report = "\n".join((_stage_report(machinery, claims), *describe_traffic(shards, current.store)))
         session.log.event("idle", report=report)
         session.progress.message(report)
+    stop.obey()
 
 
 def _clips_ahead(config: EncodeConfig) -> int:

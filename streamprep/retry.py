@@ -16,14 +16,16 @@ from dataclasses import dataclass, fields, replace
 
 from streamprep import job
 from streamprep.attempts import Attempts, Worker
+from streamprep.board import Board, BoardGone, open_board
 from streamprep.commit import Committer
 from streamprep.config import EncodeConfig, LaunchSettings, RetryConfig
 from streamprep.errors import BAD_REASONS, TooManyBadSamples, UnitsSetAside, UserError
 from streamprep.finalize import Totals, finalize, is_finalized, totals
 from streamprep.job import Job, JobPlan, Round, Unit, open_job
 from streamprep.progress import count
+from streamprep.ranks import this_rank
 from streamprep.record import BadClip
-from streamprep.session import describe_failed, tidy
+from streamprep.session import describe_failed, failed_units, tidy
 from streamprep.storage import open_store
 
 _ANEW = (
@@ -66,16 +68,18 @@ def retry(config: RetryConfig) -> Retried:
             raise UserError(f"--reason {reason}: there is no such reason; one of {', '.join(BAD_REASONS)}")
     current = open_job(open_store(config.out, spool_dir=config.spool_dir))
     attempts = Attempts(current.store, job.FOLDER, Worker.this())
+    board = open_board(this_rank())
     if config.failed:
-        attempts.forget(attempts.failed())
-        _encode_units_of_the_plan(config, current)
+        if _is_first(board):  # a rank that is started again must not forget what it has died of
+            attempts.forget(failed_units(current, attempts))
+        _encode_units_of_the_plan(config, current, board)
     bad = current.bad_clips()
     chosen = _begun(current, config.reason, bad)
     if chosen is None and not config.failed:
         chosen = _plan_round(current, config.reason, bad)
     if chosen is not None:
-        _encode(config, current, chosen)
-    if failed := attempts.failed():
+        _encode(config, current, chosen, board)
+    if failed := failed_units(current, attempts):
         raise UnitsSetAside(describe_failed(failed))
     stopped = _settle_stop(current, config.max_bad_fraction)
     unfinished = len(current.unfinished())
@@ -156,20 +160,27 @@ def _retry_of(unit: Unit, number: int, clips: Sequence[BadClip]) -> Unit:
     )
 
 
-def _encode(config: RetryConfig, current: Job, chosen: Round) -> None:
+def _is_first(board: Board) -> bool:
+    try:
+        return board.add("retry.begun", 1) == 1
+    except BoardGone:
+        return False
+
+
+def _encode(config: RetryConfig, current: Job, chosen: Round, board: Board) -> None:
     from streamprep.encode import encode_again
 
     left = current.without_record(chosen.units)
     if left:
         title = _title(chosen, left)
-        encode_again(settings(current.plan, config), current, chosen.units, name=chosen.name, title=title)
+        encode_again(settings(current.plan, config), current, chosen.units, board, name=chosen.name, title=title)
 
 
-def _encode_units_of_the_plan(config: RetryConfig, current: Job) -> None:
+def _encode_units_of_the_plan(config: RetryConfig, current: Job, board: Board) -> None:
     from streamprep.encode import encode
 
     if current.unfinished():
-        encode(settings(current.plan, config))
+        encode(settings(current.plan, config), board)
 
 
 def _title(chosen: Round, units: Sequence[Unit]) -> str:
@@ -191,7 +202,7 @@ def _settle_stop(current: Job, max_bad_fraction: float | None) -> TooManyBadSamp
     try:
         limits.check_bad_limit()
         if not current.unfinished():
-            limits.check_any_rows()
+            limits.check_all()
     except TooManyBadSamples as error:
         return error
     current.store.delete(job.STOP, step="delete")

@@ -15,7 +15,7 @@ from streamprep.claims import Claims, Timing
 from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
-from streamprep.errors import TooManyBadSamples, UnitsSetAside
+from streamprep.errors import Stopped, TooManyBadSamples, UnitsSetAside
 from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_totals
 from streamprep.fleet import Fleet
 from streamprep.job import Job, Unit
@@ -151,11 +151,14 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
 
     Raises:
         UnitsSetAside: if some are not done and never will be.
-        TooManyBadSamples: if no sample of the whole job was good.
+        Stopped: if another command does what is left.
+        TooManyBadSamples: if no sample of the whole job was good, or too few were.
     """
-    failed = session.attempts.failed()
+    failed = failed_units(current, session.attempts)
     if failed:
         raise UnitsSetAside(describe_failed(failed))
+    if current.unfinished():
+        raise Stopped("another command has set units free that were set aside, and encodes them")
     if anew and session.rank.number == 0 and not (is_finalized(current) and not leftovers(current)):
         current.store.delete(job.SUCCESS, step="delete")
     claims = Claims(
@@ -172,7 +175,7 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
     with claims:
         for turn in claims:
             tidies = True
-            committer.check_any_rows()
+            committer.check_all()
             result = finalize(current)
             session.log.event("finalized", num_rows=result.num_rows)
             claims.finished(turn)
@@ -203,14 +206,21 @@ def check_worth_a_restart(config: EncodeConfig) -> None:
     current = job.open_job(out)
     obey_earlier_stop(current, config.max_bad_fraction)
     if only_failed_left(current):
-        raise UnitsSetAside(describe_failed(Attempts(out, job.FOLDER, Worker.this()).failed()))
+        raise UnitsSetAside(describe_failed(failed_units(current, Attempts(out, job.FOLDER, Worker.this()))))
 
 
 def only_failed_left(current: Job) -> bool:
     """Whether some units were set aside, and nothing else is to be done."""
-    failed = set(Attempts(current.store, job.FOLDER, Worker.this()).failed())
+    failed = failed_units(current, Attempts(current.store, job.FOLDER, Worker.this()))
     left = itertools.chain(current.unfinished(), *(current.without_record(one.units) for one in current.rounds()))
     return bool(failed) and all(unit.id in failed for unit in left)
+
+
+def failed_units(current: Job, attempts: Attempts) -> dict[str, list[Attempt]]:
+    """The units that are set aside; a record that came after all counts for more."""
+    failed = attempts.failed()
+    left = set(current.not_done(failed)) if failed else set()
+    return {unit: tries for unit, tries in failed.items() if unit in left}
 
 
 def describe_failed(failed: Mapping[str, Sequence[Attempt]]) -> str:

@@ -9,7 +9,7 @@ from streamprep.attempts import Attempt, Attempts, Worker
 from streamprep.finalize import Totals, is_finalized, totals
 from streamprep.job import Job, Round
 from streamprep.progress import by_reason, count, size, too_large
-from streamprep.session import describe_failed, only_failed_left
+from streamprep.session import describe_failed, failed_units, only_failed_left
 
 _EXAMPLES = 3
 
@@ -28,7 +28,7 @@ def describe(current: Job) -> Iterator[str]:
     attempts = Attempts(current.store, job.FOLDER, Worker.this())
     open_ones = [one for all_of_it in attempts.all().values() for one in all_of_it if one.ended is None]
     yield from (f"at work  {describe_attempt(one, attempts.worker)}" for one in open_ones)
-    failed = attempts.failed()
+    failed = failed_units(current, attempts)
     if failed:
         yield f"failed   {describe_failed(failed)}"
     yield from (f"retry    {describe_round(current, one)}" for one in current.rounds())

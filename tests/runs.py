@@ -36,6 +36,7 @@ class Run:
             "LOCAL_WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": self._port,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
 
     def start(self, job: EncodeJob, rank: int, **how: object) -> Process:

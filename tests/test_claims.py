@@ -241,6 +241,7 @@ def test_a_store_of_torch_is_a_board_until_it_is_gone(monkeypatch: pytest.Monkey
             "WORLD_SIZE": "3",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": server.stdout.readline().decode().strip(),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }.items():
             monkeypatch.setenv(name, value)
         first, second = open_board(this_rank()), open_board(this_rank())
@@ -334,6 +335,19 @@ def test_a_crash_leaves_its_stack(world: World) -> None:
     assert concluded.ended.how == "signal"
     assert concluded.ended.message == "Fatal Python error: Segmentation fault"
     assert "at_fault" in concluded.ended.traceback
+
+
+def test_what_a_process_said_before_it_ended_is_not_overwritten(world: World) -> None:
+    """Another one has seen its mark, and then that it is gone."""
+    dead = dead_process()
+    theirs, ours = (Attempts(world.store, "_streamprep", worker) for worker in (dead, Worker.this()))
+    told, done = theirs.begin(UNITS[0], alone=True), theirs.begin(UNITS[1], alone=True)
+    seen = [*ours.of(UNITS[0]), *ours.of(UNITS[1])]
+    theirs.end(told, Ended(how="exception", message="ValueError: x"))
+    theirs.withdraw(done)
+    (concluded,) = ours.conclude(seen)
+    assert concluded.ended == Ended(how="exception", message="ValueError: x")
+    assert ours.of(UNITS[1]) == []
 
 
 def test_last_words_leave_nothing_behind_if_all_goes_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,6 +265,37 @@ def test_a_unit_set_aside_again_is_an_error_again(new_job: NewJob, shards: Path)
     assert job.problems() == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("deed", ["raise", "out_of_memory"])
+def test_ranks_that_get_nowhere_are_given_up_in_a_retry_too(new_job: NewJob, shards: Path, deed: str) -> None:
+    """Each restarted rank forgot what the last one had died of, and so on for ever."""
+    job = new_job()
+    for _ in range(2):
+        job.run(exporter=ODD, serial=True, environment={"ODD_UNITS": "000001=raise"})
+    poison = {"ODD_UNITS": f"000001={deed}"}
+    failed = job.retry(failed=True, nproc=2, stale_seconds=STALE_SECONDS, environment=poison)
+    assert failed.code == 1, failed.output
+    assert failed.output.count("it is started again") <= 12
+    assert job.retry(failed=True, serial=True).code == 0
+    assert job.problems() == []
+
+
+def test_a_record_counts_for_more_than_having_been_set_aside(
+    new_job: NewJob, undisturbed: Undisturbed, shards: Path
+) -> None:
+    """A process that stood still while others died at its unit may still end it."""
+    job = new_job()
+    assert job.run(serial=True).code == 0
+    mark = job.out / "_streamprep/failed/000001.json"
+    mark.parent.mkdir()
+    mark.write_text("[]")
+    assert main(["status", str(job.out)]) == 0
+    assert job.run(serial=True).code == 0
+    assert job.retry(serial=True).code == 0
+    mark.unlink(missing_ok=True)
+    assert_done(job, undisturbed(shards))
+
+
 @pytest.mark.parametrize("point", ["failed", pytest.param("failed.after", marks=pytest.mark.slow)])
 def test_a_process_that_dies_while_it_sets_a_unit_aside_leaves_that_to_the_next(
     new_job: NewJob, shards: Path, point: str

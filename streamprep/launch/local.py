@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from streamprep.board import AGENTS_STORE
 from streamprep.config import LaunchSettings
 from streamprep.errors import UserError
 from streamprep.launch.supervise import describe_code, open_own_board, supervise
@@ -78,5 +79,6 @@ def _environment(rank: int, number: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(number),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        AGENTS_STORE: "True",
         LAUNCHER: f"{os.getpid()} SIGTERM",
     }

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from streamprep.attempts import Attempts, Worker
+from streamprep.board import AGENTS_STORE
 from streamprep.config import LaunchSettings
 from streamprep.errors import Stopped, UserError, first_line
 from streamprep.job import FOLDER
@@ -208,6 +209,7 @@ class _Actors:
             "LOCAL_WORLD_SIZE": str(len(near)),
             "MASTER_ADDR": self._address[0],
             "MASTER_PORT": str(self._address[1]),
+            AGENTS_STORE: "True",
             TOKEN: token,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),  # Ray says 1 in the place of nothing
         }

@@ -22,7 +22,7 @@ from streamprep.ranks import SETTLED
 
 _POLL_SECONDS = 0.1
 _KILL_SECONDS = 10.0  # beyond the grace
-_IDLE_DEATHS = 3
+_IDLE_DEATHS = 5
 
 
 class Started(Protocol):
@@ -86,10 +86,10 @@ class _Rank:
     started: Started | None = None
     code: int | None = None
     """Of the last one, once there will be no other."""
-    num_taken: int = 0
+    num_settled: int = 0
     """Units, when it was started."""
     idle_deaths: int = 0
-    """In a row, without having taken a unit."""
+    """In a row, without having settled a unit: ended it, or set it aside."""
 
 
 class _Ranks:
@@ -97,6 +97,7 @@ class _Ranks:
 
     def __init__(self, number: int, start: Callable[[int], Started], board: Board, max_restarts: int) -> None:
         self._start_rank, self._board, self._restarts_left = start, board, max_restarts
+        self._stopping = False
         self.all = [_Rank(rank) for rank in range(number)]
 
     def run(self) -> None:
@@ -105,7 +106,7 @@ class _Ranks:
         self._start(first)
         while any(rank.started for rank in self.all):
             time.sleep(_POLL_SECONDS)
-            if others and self._is_checked():
+            if others and not self._stopping and self._is_checked():
                 for rank in others:
                     self._start(rank)
                 others = []
@@ -115,6 +116,7 @@ class _Ranks:
 
     def stop(self, grace_seconds: float) -> None:
         """Ask all to stop, and wait until they have."""
+        self._stopping = True
         deadline = time.monotonic() + grace_seconds + _KILL_SECONDS
         for rank in self.all:
             if rank.started is not None:
@@ -131,7 +133,7 @@ class _Ranks:
                 rank.started.kill()
 
     def _start(self, rank: _Rank) -> None:
-        rank.num_taken = self._num_taken(rank)
+        rank.num_settled = self._num_settled(rank)
         rank.started = self._start_rank(rank.number)
 
     def _ended(self, rank: _Rank, started: Started, code: int) -> None:
@@ -143,10 +145,13 @@ class _Ranks:
             rank.code = 1 if code == SETTLED else code
             self.stop(0)
             return
-        rank.idle_deaths = 0 if self._num_taken(rank) > rank.num_taken else rank.idle_deaths + 1
+        if self._stopping:
+            rank.code = 4
+            return
+        rank.idle_deaths = 0 if self._num_settled(rank) > rank.num_settled else rank.idle_deaths + 1
         how = f"rank {rank.number} {started.describe_end()}"
         if rank.idle_deaths == _IDLE_DEATHS:
-            say(f"{how}, for the {_IDLE_DEATHS}rd time without having taken a unit: it is not started again")
+            say(f"{how}, for the {_IDLE_DEATHS}th time without having ended a unit: it is not started again")
         elif not self._restarts_left:
             say(f"{how}; no restarts are left")
         else:
@@ -159,8 +164,8 @@ class _Ranks:
     def _is_checked(self) -> bool:
         return self._board.add("checked", 0) > 0
 
-    def _num_taken(self, rank: _Rank) -> int:
-        return self._board.add(f"taken.{rank.number}", 0)
+    def _num_settled(self, rank: _Rank) -> int:
+        return self._board.add(f"settled.{rank.number}", 0)
 
 
 def describe_code(code: int) -> str:
