@@ -94,7 +94,8 @@ class Committer:
         self._unit_decoders.update(batch.decoders)
         self._unit_halved.update(batch.halved)
         self._unit_bad += batch.bad
-        self.check_bad_limit()
+        if batch.bad:
+            self.check_bad_limit()
         return self.commit(batch.unit) if batch.last else None
 
     def commit(self, unit: UnitPlan) -> Record:

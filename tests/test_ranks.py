@@ -291,7 +291,6 @@ def test_a_record_counts_for_more_than_having_been_set_aside(
     mark.write_text("[]")
     assert main(["status", str(job.out)]) == 0
     assert job.run(serial=True).code == 0
-    assert job.retry(serial=True).code == 0
     mark.unlink(missing_ok=True)
     assert_done(job, undisturbed(shards))
 
