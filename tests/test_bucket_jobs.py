@@ -1,0 +1,276 @@
+"""The whole trip from bucket to bucket through the command line; it must be what it is from folder to folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from forks import Forks
+from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
+from servers import Server
+from servers.fault_proxy import FaultProxy
+from servers.faults import Answer, LoseReply
+
+from streamprep import job
+from streamprep.crashpoints import VARIABLE
+from streamprep.storage import Store, open_store
+
+pytest_plugins = ["jobs", "object_stores"]
+
+RunCli = Callable[..., "Ran"]
+
+FLAGS = (
+    *("--max-height", 32, "--max-width", 48, "--num-frames", 5, "--train-fps", 1, "--samples-per-file", 2),
+    *("--encode-threads", 1, "--device", "cpu", "--serial"),
+)
+NUM_VIDEOS = 5
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command that has ended."""
+
+    returncode: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def run_cli(forks: Forks) -> RunCli:
+    """``run_cli("pack", ..., crash_at=...)``: a command that knows the servers which this process was pointed at."""
+
+    def run(*arguments: object, crash_at: str | None = None) -> Ran:
+        environment = {name: value for name, value in os.environ.items() if name.startswith((*PROVIDERS, "TMPDIR"))}
+        process = forks.run(*arguments, environment=environment | ({VARIABLE: crash_at} if crash_at else {}))
+        return Ran(process.wait(), process.output)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]) -> Path:
+    """Five videos, two of which fit in a shard."""
+    root = tmp_path_factory.mktemp("dataset")
+    rows = []
+    for number in range(NUM_VIDEOS):
+        make_video(root / "videos" / f"{number}.mp4", fps=1, seed=number, padding_bytes=400_000)
+        rows.append({"path": f"{number}.mp4", "cap": f"Video {number}."})
+    (root / "videos2caption.json").write_text(json.dumps(rows))
+    return root
+
+
+def done(result: Ran) -> Ran:
+    assert result.returncode == 0, result.output
+    return result
+
+
+def pack(run_cli: RunCli, dataset: Path, shards: object, **how: object) -> Ran:
+    return run_cli("pack", dataset, shards, "--shard-size-mb", 1, "--num-workers", 1, **how)
+
+
+def encode(run_cli: RunCli, model: Path, shards: object, out: object, *flags: object, **how: object) -> Ran:
+    return run_cli("encode", shards, out, "--model-path", model, *FLAGS, *flags, **how)
+
+
+def contents(store: Store, *folders: str) -> dict[str, bytes]:
+    return {entry.path: store.read(entry.path) for folder in folders for entry in store.list(folder)}
+
+
+def rows(out: Store) -> Counter[str]:
+    return Counter(row.key for record in job.open_job(out).records() for file in record.files for row in file.rows)
+
+
+@pytest.fixture(scope="module")
+def local_job(
+    tmp_path_factory: pytest.TempPathFactory, dataset: Path, tiny_model: Path, run_cli: RunCli
+) -> tuple[Store, Store]:
+    """(shards, output) in folders."""
+    root = tmp_path_factory.mktemp("local")
+    done(pack(run_cli, dataset, root / "shards"))
+    done(encode(run_cli, tiny_model, root / "shards", root / "out"))
+    return open_store(root / "shards"), open_store(root / "out")
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the commands' temporary files go, the spool among them."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("server", [on_moto, on_seaweedfs, on_azurite, on_fake_gs])
+def test_from_bucket_to_bucket_comes_out_what_comes_out_from_folder_to_folder(
+    request: pytest.FixtureRequest,
+    server: str,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    bucket = new_bucket(request.getfixturevalue(server))
+    shards, out = f"{bucket}/my shards", f"{bucket}/latents/job1"
+    assert "5 videos, 3 shards" in done(pack(run_cli, dataset, shards)).output
+    assert "3 done" in done(pack(run_cli, dataset, shards)).output
+    assert ": 0 problems" in done(run_cli("verify", shards)).output
+    encoded = done(encode(run_cli, tiny_model, shards, out))
+    assert "5 rows, 3 files" in encoded.output and f" in {out}" in encoded.output
+    assert "no logs are kept" in encoded.output
+    assert f"{shards}: " in encoded.output and " get" in encoded.output
+    assert "3 done" in done(encode(run_cli, tiny_model, shards, out)).output
+    assert ": 0 problems" in done(run_cli("verify", out)).output
+    assert "state    done" in done(run_cli("status", out)).output
+    assert contents(open_store(shards), "") == contents(local_job[0], "")
+    data = contents(open_store(out), "combined_parquet_dataset")
+    assert data == contents(local_job[1], "combined_parquet_dataset")
+    assert not list(open_store(out).list(".tmp"))
+    assert not list(temporary.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("point", ["plan", "uncond.after", "attempt.after", "data.after", "record", "record.after"])
+def test_a_killed_job_goes_on_in_a_bucket(
+    point: str,
+    moto_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    shards, out = local_job[0].url, f"{new_bucket(moto_server)}/out"
+    assert encode(run_cli, tiny_model, shards, out, crash_at=point).returncode == 137
+    done(encode(run_cli, tiny_model, shards, out))
+    assert ": 0 problems" in done(run_cli("verify", out)).output
+    data = contents(open_store(out), "combined_parquet_dataset")
+    assert data == contents(local_job[1], "combined_parquet_dataset")
+    assert not list(temporary.rglob("*.tmp"))
+
+
+def test_a_job_gets_through_lost_replies_and_slow_downs(
+    moto_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+) -> None:
+    bucket = new_bucket(moto_server)
+    proxy: FaultProxy
+    _, proxy = faulty(moto_server)
+    lost = proxy.inject("^PUT .*records", LoseReply(), times=2)
+    slow = proxy.inject("", Answer(503), probability=0.1)
+    done(pack(run_cli, dataset, f"{bucket}/shards"))
+    done(encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/out"))
+    proxy.clear()
+    assert lost.hits == 2 and slow.hits
+    assert ": 0 problems" in done(run_cli("verify", f"{bucket}/out")).output
+    assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
+
+
+def test_a_store_that_fails_ends_the_rank_loudly_and_blames_no_sample(
+    moto_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+) -> None:
+    bucket = new_bucket(moto_server)
+    _, proxy = faulty(moto_server)
+    done(pack(run_cli, dataset, f"{bucket}/shards"))
+    proxy.inject("^GET .*000001.tar", Answer(403))
+    failed = encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/out")
+    assert failed.returncode == 1
+    assert "000001.tar: it was refused (403 Forbidden, AccessDenied" in failed.output
+    assert "Traceback" not in failed.output
+    proxy.clear()
+    done(encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/out"))
+    assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
+
+
+def test_several_ranks_share_a_job_in_a_bucket(
+    moto_server: Server, new_bucket: NewBucket, local_job: tuple[Store, Store], tiny_model: Path, run_cli: RunCli
+) -> None:
+    out = f"{new_bucket(moto_server)}/out"
+    done(encode(run_cli, tiny_model, local_job[0].url, out, "--nproc", 2))
+    assert rows(open_store(out)) == rows(local_job[1])
+
+
+def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(
+    rclone_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+) -> None:
+    bucket = new_bucket(rclone_server)
+    for refused in (
+        pack(run_cli, dataset, f"{bucket}/shards"),
+        encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out"),
+    ):
+        assert refused.returncode == 2
+        assert "--only-writer" in refused.output
+    assert not list(open_store(f"{bucket}/out").list(job.FOLDER))
+    done(encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out", "--only-writer"))
+    assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
+
+
+def test_one_place_cannot_be_both_shards_and_output(
+    moto_server: Server, new_bucket: NewBucket, dataset: Path, tiny_model: Path, run_cli: RunCli
+) -> None:
+    bucket = new_bucket(moto_server)
+    done(pack(run_cli, dataset, f"{bucket}/shards"))
+    refused = encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/shards/")
+    assert refused.returncode == 2
+    assert "is the folder of the shards" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("index", "s3://bucket/tars"), "local folder"),
+        (
+            ("pack", "{dataset}", "s3://bucket/x", "--spool-dir", "s3://bucket/spool"),
+            "--spool-dir must be a local folder",
+        ),
+        (("status", "https://127.0.0.1:9/out"), "did not answer"),
+        (("status", "hf://datasets/a/b"), "datasets to pack"),
+    ],
+)
+def test_what_cannot_be_in_a_bucket_is_said_so(
+    arguments: tuple[str, ...], said: str, dataset: Path, run_cli: RunCli
+) -> None:
+    refused = run_cli(*(argument.format(dataset=dataset) for argument in arguments))
+    assert refused.returncode in (1, 2)
+    assert said in refused.output
+    assert "Traceback" not in refused.output
+
+
+def test_a_full_spool_says_where_it_is(
+    moto_server: Server, new_bucket: NewBucket, dataset: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    bucket, disk = new_bucket(moto_server), tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
+    try:
+        full = run_cli("pack", dataset, f"{bucket}/other", "--spool-dir", disk)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert full.returncode == 1
+    assert f"{disk}/streamprep-spool" in full.output
+    assert "--spool-dir" in full.output
+    shutil.rmtree(disk)
