@@ -203,7 +203,7 @@ def test_several_ranks_share_a_job_in_a_bucket(
     moto_server: Server, new_bucket: NewBucket, local_job: tuple[Store, Store], tiny_model: Path, run_cli: RunCli
 ) -> None:
     out = f"{new_bucket(moto_server)}/out"
-    done(encode(run_cli, tiny_model, local_job[0].url, out, "--nproc", 2))
+    done(encode(run_cli, tiny_model, local_job[0].url, out, "--nproc", 2, "--stale-seconds", 10))
     assert rows(open_store(out)) == rows(local_job[1])
 
 

@@ -440,7 +440,8 @@ class WebStore(ObjectStore):
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """No web server lists its files in a way that all others do."""
         raise UserError(
-            f"{self._url(folder)}: files on a web server cannot be listed, only those that are known be read"
+            f"{self._url(folder)}: a web server lists no files and takes none, so it can only be what `encode` reads: "
+            "write to a local folder or a bucket"
         )
 
     def new_file(self) -> NoReturn:
