@@ -16,30 +16,20 @@ Example: python benchmarks/overlap.py
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
-import runpy
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import redirect_stderr
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from _measure import environment, goal, markdown, parser, report, say, spread, work_folder
+from typing import Any
 
 # Decoding processes import this file once more, as multiprocessing has it: so nothing heavy up here.
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from streamprep.contract import LatentContract
-    from streamprep.types import ClipBatch
+from _measure import environment, goal, markdown, parser, report, say, spread, work_folder
+from _standin import StandIn
 
 TRAIN_FPS = 16
-TEXT_SHAPE = (120, 4096)
 MODES = ("overlapped", "serial")
 
 
@@ -123,6 +113,7 @@ def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Run `streamprep encode`'s own loop once, with the stand-in."""
     from streamprep.config import EncodeConfig
     from streamprep.encode import run
+    from streamprep.job import open_job
     from streamprep.settle import settle
     from streamprep.storage import open_store
 
@@ -143,11 +134,11 @@ def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     shards, out = open_store(config.shards), open_store(config.out)
     with redirect_stderr(io.StringIO()) as log:
         began = time.perf_counter()
-        current, _ = run(settle(config, out), shards, out, encoder)
+        run(settle(config, out), shards, out, encoder)
         ended = time.perf_counter()
     assert encoder.first_batch is not None
     return {
-        "num_shards": len(current.plan.units),
+        "num_shards": len(open_job(out).plan.units),
         "job_seconds": ended - began,
         "busy_seconds": encoder.busy_seconds,
         "first_batch_seconds": encoder.first_batch - began,
@@ -155,52 +146,6 @@ def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         "busy_of_running": encoder.busy_seconds / (ended - encoder.first_batch),
         "stages": next(line for line in log.getvalue().splitlines() if line.startswith("busy:")),
     }
-
-
-class StandIn:
-    """An encoder that takes its time and computes nothing: a `streamprep.encoders.Encoder`."""
-
-    def __init__(self, seconds_per_clip: float, *, num_frames: int) -> None:
-        from streamprep.out_of_memory import BatchLimits
-
-        self.contract = _contract()
-        self.limits = BatchLimits()
-        self.busy_seconds = 0.0
-        self.first_batch: float | None = None
-        """When encoding began."""
-        self._seconds_per_clip, self._num_frames = seconds_per_clip, num_frames
-
-    def load(self) -> None:
-        """There is nothing to load."""
-
-    def encode_text(self, captions: Sequence[str]) -> list[Tensor]:
-        """For each caption something of its own, at once."""
-        return [_noise(TEXT_SHAPE, seed=len(caption)) for caption in captions]
-
-    def encode_batch(self, batch: ClipBatch) -> list[dict[str, Tensor]]:
-        """For each clip something of its own, after a while; the self-check's small clips are not counted."""
-        _, frames, _, height, width = batch.frames.shape
-        began = time.perf_counter()
-        if frames == self._num_frames:
-            if self.first_batch is None:
-                self.first_batch = began
-            time.sleep(self._seconds_per_clip * len(batch.keys))
-            self.busy_seconds += time.perf_counter() - began
-        shape = (16, 1 + (frames - 1) // 4, height // 8, width // 8)
-        return [{"vae_latent": _noise(shape, seed=row)} for row in range(len(batch.keys))]
-
-
-@functools.cache
-def _noise(shape: tuple[int, ...], *, seed: int) -> Tensor:
-    import torch
-
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _contract() -> LatentContract:
-    tests = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "making.py"))
-    contract: LatentContract = tests["make_contract"](model="stand-in", dim=TEXT_SHAPE[1])
-    return contract
 
 
 if __name__ == "__main__":

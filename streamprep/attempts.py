@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -25,7 +26,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from streamprep import canonical
-from streamprep.storage import Store
+from streamprep.ranks import TOKEN
+from streamprep.storage import FileEntry, Store
 
 How = Literal["stopped", "exception", "signal", "machine", "vanished"]
 """How an attempt ended: a signal asked to stop, an error, a crash, trouble of the machine, or without a word."""
@@ -40,7 +42,7 @@ class Worker:
     """One process, so described that others can tell whether it still lives."""
 
     token: str
-    """Drawn anew by every process."""
+    """Another for every process."""
     host: str
     machine: str
     """Which processes can see it: of the same boot and the same namespace of process ids."""
@@ -53,7 +55,7 @@ class Worker:
     def this(cls, rank: int = 0) -> Worker:
         """This process."""
         return cls(
-            token=uuid.uuid4().hex[:12],
+            token=os.environ.get(TOKEN) or uuid.uuid4().hex[:12],
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
@@ -139,16 +141,16 @@ class Attempts:
             began=datetime.now(UTC).isoformat(timespec="seconds"),
             alone=alone,
         )
-        self._store.put(self._path(attempt), attempt.to_json(), step="attempt")
+        self._store.put(self.path(attempt), attempt.to_json(), step="attempt")
         return attempt
 
     def withdraw(self, attempt: Attempt) -> None:
         """The unit has its record, or another process keeps it."""
-        self._store.delete(self._path(attempt), step="withdraw")
+        self._store.delete(self.path(attempt), step="withdraw")
 
     def end(self, attempt: Attempt, ended: Ended) -> None:
         """Say how an attempt ended; set the unit aside if that was once too often."""
-        self._store.put(self._path(attempt), dataclasses.replace(attempt, ended=ended).to_json(), step="attempt")
+        self._store.put(self.path(attempt), dataclasses.replace(attempt, ended=ended).to_json(), step="attempt")
         if ended.how != "stopped":
             self._judge(attempt.unit)
 
@@ -156,14 +158,40 @@ class Attempts:
 
     def of(self, unit: str) -> list[Attempt]:
         """Those of one unit."""
-        return self._read(f"{unit}-")
+        return self.read(self._store.list(self._attempts, prefix=f"{unit}-"))
 
     def all(self) -> dict[str, list[Attempt]]:
         """Those of every unit that has any."""
-        found: dict[str, list[Attempt]] = {}
-        for attempt in self._read(""):
-            found.setdefault(attempt.unit, []).append(attempt)
+        return {unit: attempts for unit, files in self.files().items() if (attempts := self.read(files))}
+
+    def files(self) -> dict[str, list[FileEntry]]:
+        """The files of every unit that has any, unread: a thousand ranks that read a thousand files are too many."""
+        found: dict[str, list[FileEntry]] = {}
+        for entry in self._store.list(self._attempts):
+            unit, dash, _ = entry.path.rpartition("/")[2].rpartition("-")
+            if dash and entry.path.endswith(".json"):
+                found.setdefault(unit, []).append(entry)
         return found
+
+    def read(self, files: Iterable[FileEntry]) -> list[Attempt]:
+        """What some files say; each is read once, unless it changes."""
+        found = []
+        for entry in files:
+            if not entry.path.endswith(".json"):
+                continue
+            version, attempt = self._seen.get(entry.path, ("", None))
+            if attempt is None or version != entry.version:
+                try:
+                    attempt = Attempt.from_json(self._store.read(entry.path))
+                except FileNotFoundError:
+                    continue  # withdrawn just now
+                self._seen[entry.path] = (entry.version, attempt)
+            found.append(attempt)
+        return found
+
+    def has_read(self, files: Iterable[FileEntry]) -> bool:
+        """Whether `read` would read nothing."""
+        return all(self._seen.get(entry.path, ("",))[0] == entry.version for entry in files)
 
     def conclude(self, attempts: Iterable[Attempt]) -> list[Attempt]:
         """The same; those whose process has died, as is seen from here, with their end, which is noted."""
@@ -177,6 +205,16 @@ class Attempts:
             concluded.append(attempt)
         return concluded
 
+    def conclude_lost(self, token: str) -> None:
+        """Note the end of a process of which a launcher knows, though it cannot be seen from here.
+
+        Args:
+            token: Its own.
+        """
+        for attempt in itertools.chain.from_iterable(self.all().values()):
+            if attempt.ended is None and attempt.by.token == token:
+                self.end(attempt, _VANISHED)
+
     def failed(self) -> dict[str, list[Attempt]]:
         """The units that are set aside, with what happened to those who tried."""
         found = {}
@@ -186,6 +224,10 @@ class Attempts:
                 Attempt.from_json(canonical.to_json(one)) for one in json.loads(self._store.read(entry.path))
             ]
         return found
+
+    def failed_units(self) -> set[str]:
+        """The units that are set aside."""
+        return {PurePosixPath(entry.path).name.removesuffix(".json") for entry in self._store.list(self._failed)}
 
     def is_failed(self, unit: str) -> bool:
         """Whether it is set aside."""
@@ -214,23 +256,8 @@ class Attempts:
             evidence = canonical.to_pretty_json([dataclasses.asdict(attempt) for attempt in silent + told])
             self._store.put_if_absent(f"{self._failed}/{unit}.json", evidence, step="failed")
 
-    def _read(self, prefix: str) -> list[Attempt]:
-        found = []
-        for entry in self._store.list(self._attempts, prefix=prefix):
-            name = PurePosixPath(entry.path).name
-            if not name.endswith(".json"):
-                continue
-            version, attempt = self._seen.get(name, ("", None))
-            if attempt is None or version != entry.version:
-                try:
-                    attempt = Attempt.from_json(self._store.read(entry.path))
-                except FileNotFoundError:
-                    continue  # withdrawn just now
-                self._seen[name] = (entry.version, attempt)
-            found.append(attempt)
-        return found
-
-    def _path(self, attempt: Attempt) -> str:
+    def path(self, attempt: Attempt) -> str:
+        """Of its file."""
         return f"{self._attempts}/{attempt.unit}-{attempt.by.token}.json"
 
 

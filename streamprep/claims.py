@@ -4,18 +4,23 @@
    record, or is another process's, or has been somebody's end, is passed over.
 2. When the count is through, each rank looks every half minute for units without a record. It takes, one at a time and
    in random order, those that nobody is at: whose process has died, or was stopped. Where it cannot know, because the
-   process is on another machine, it first waits five minutes, or three times its own slowest unit if that is longer.
+   process is on another machine, it must have seen it at the unit for five minutes, or for three times its own slowest
+   unit if that is longer. It looks who is at what from its start on, so that by then this time may be over.
 3. It leaves when every unit has its record or is set aside.
 
 So a rank may join, die, hang or come back at any time, and so may the board: if it is lost, rank by rank goes on with
 the units that are left in random order. Commands started by hand on one output share its units in the same way; they
 only lack the count.
 
+Many ranks share one store, so each asks it for little: names rather than contents, and a few at a time
+(`benchmarks/claims_simulation.py` counts).
+
 Nothing here decides what is committed: see `streamprep.job`. Two processes at one unit waste work and change nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -28,8 +33,12 @@ from typing import Protocol
 from streamprep.attempts import Attempt, Attempts, Ended, what_happened
 from streamprep.board import Board, BoardGone
 from streamprep.ranklog import RankLog
+from streamprep.storage import FileEntry
 
 _ASK_EACH = 50  # fewer units than this are asked for one by one, more are listed
+_ASK_OF_OTHERS = 5  # units that somebody is at, whether they are done: he may have died just before he said so
+_READ_AT_ONCE = 20  # marks that were never read: if somebody has died, there are other ranks who look for it as well
+_MISSES = 20  # one after the other, before all is listed
 
 
 class Ledger(Protocol):
@@ -115,12 +124,17 @@ class Claims:
         self._changed = threading.Condition()
         self._open: dict[str, tuple[Attempt, float]] = {}
         self._stopping = False
+        self._fault_known = False
         self._slowest = 0.0
         self._left: set[str] | None = None  # not known to be done
         self._place = 0
         self._uncounted: deque[str] | None = None  # what is left to go through without the board
+        self._misses = 0
+        self._elsewhere: set[str] = set()  # somebody was at it when all was listed
         self._swept = False
-        self._first_seen: dict[str, float] = {}
+        self._seen_since: dict[str, float] = {}  # by the mark's path
+        self._unmarked_since: dict[str, float] = {}
+        self._look_at: float | None = None
         self.waited_seconds = 0.0
         """For a unit to become free, or for what was taken to be finished."""
         self.board_lost: BoardGone | None = None
@@ -149,11 +163,16 @@ class Claims:
         while not self._stopping:
             if self._has_enough():
                 return Wait(self._timing.poll_seconds)
+            self._look_around()
             unit = self._next_in_order()
             if unit is None:
                 return self._sweep()
-            if unit in self._left and self._take(unit, alone=False):
+            if unit not in self._left or unit in self._elsewhere:
+                continue
+            if self._take(unit, alone=False):
+                self._misses = 0
                 return unit
+            self._missed()
         return None
 
     def _has_enough(self) -> bool:
@@ -174,6 +193,30 @@ class Claims:
             else:
                 return self._units[self._place] if self._place < len(self._units) else None
         return self._uncounted.popleft() if self._uncounted else None
+
+    def _missed(self) -> None:
+        """Without a common count most of what comes next may be done or another's: a listing says it of all at once."""
+        self._misses += 1
+        if self._misses == _MISSES:
+            self._misses = 0
+            self._left = set(self._ledger.not_done(sorted(self._left or ())))
+            self._elsewhere = set(self._attempts.files())
+
+    def _look_around(self) -> None:
+        """See now and then who is at what."""
+        if self._look_at is None or self._clock() >= self._look_at:
+            self._see()
+
+    def _see(self) -> dict[str, list[FileEntry]]:
+        """List who is at what, and remember since when."""
+        now, files = self._clock(), self._attempts.files()
+        seen = itertools.chain.from_iterable(files.values())
+        self._seen_since = {entry.path: self._seen_since.get(entry.path, now) for entry in seen}
+        self._look_at = now + self._patience() / 2
+        return files
+
+    def _patience(self) -> float:
+        return max(self._timing.stale_seconds, 3 * self._slowest)
 
     def _take(self, unit: str, *, alone: bool) -> bool:
         """Mark a unit as ours, unless it is done, set aside, another process's, or better left for later."""
@@ -208,38 +251,53 @@ class Claims:
             if self._open:  # one at a time, so that it is known which one kills
                 return Wait(self._timing.poll_seconds)
         self._check()
-        self._look_which_are_done()
-        if not self._left:
-            return None
-        attempts = self._attempts.all()
-        free = [unit for unit in sorted(self._left) if self._is_free(attempts.get(unit, []), unit)]
-        self._random.shuffle(free)
-        for unit in free:
+        files = self._see()
+        self._look_which_are_done(files)
+        for unit in self._worth_a_look(files):
             if self._stopping:
                 return None
-            if self._take(unit, alone=True):
+            if self._is_free(self._attempts.read(files.get(unit, [])), unit) and self._take(unit, alone=True):
                 return unit
         return Wait(self._timing.poll_seconds) if self._left else None
 
-    def _look_which_are_done(self) -> None:
+    def _look_which_are_done(self, files: Mapping[str, Sequence[FileEntry]]) -> None:
+        """Whoever is at a unit removes his mark when it is done: so most of the others are worth asking for."""
         assert self._left is not None
-        if len(self._left) < _ASK_EACH and self._swept:
-            left = [unit for unit in self._left if not self._ledger.is_done(unit)]
+        marked = sorted(self._left & files.keys())
+        asked = [*(self._left - files.keys()), *self._random.sample(marked, min(len(marked), _ASK_OF_OTHERS))]
+        if self._swept and len(asked) < _ASK_EACH:
+            self._left.difference_update([unit for unit in asked if self._ledger.is_done(unit)])
         else:
-            left = self._ledger.not_done(self._left)
+            self._left = set(self._ledger.not_done(self._left))
         self._swept = True
-        self._left = {unit for unit in left if not self._attempts.is_failed(unit)} if left else set()
+        if self._left:
+            self._left -= self._attempts.failed_units()
+
+    def _worth_a_look(self, files: Mapping[str, Sequence[FileEntry]]) -> Iterator[str]:
+        """What is left, in random order; of what somebody has just begun only a little."""
+        assert self._left is not None
+        left, now = sorted(self._left), self._clock()
+        self._random.shuffle(left)
+        num_unread = 0
+        for unit in left:
+            marks = files.get(unit, ())
+            if marks and not self._attempts.has_read(marks):
+                num_unread += 1
+                waited = now - max(self._seen_since[entry.path] for entry in marks) >= self._patience()
+                if num_unread > _READ_AT_ONCE and not waited:
+                    continue
+            yield unit
 
     def _is_free(self, attempts: Sequence[Attempt], unit: str) -> bool:
         """Whether a unit may be taken though it was counted before."""
         now = self._clock()
         running = [attempt for attempt in self._attempts.conclude(attempts) if attempt.ended is None]
         if running:
-            since = [self._first_seen.setdefault(f"{unit}-{one.by.token}", now) for one in running]
-            return now - max(since) >= max(self._timing.stale_seconds, 3 * self._slowest)
+            since = max(self._seen_since.get(self._attempts.path(one), now) for one in running)
+            return now - since >= self._patience()
         if attempts or not self._board.shared:
             return True
-        return now - self._first_seen.setdefault(unit, now) >= self._timing.unmarked_seconds
+        return now - self._unmarked_since.setdefault(unit, now) >= self._timing.unmarked_seconds
 
     # --- letting go
 
@@ -251,6 +309,14 @@ class Claims:
             self._changed.notify_all()
         self._settled(unit)
         self._attempts.withdraw(attempt)
+
+    def gave_up(self, unit: str, ended: Ended) -> None:
+        """A unit taken here has ended otherwise: it is at fault for what this process leaves with, and no other."""
+        with self._changed:
+            attempt, _ = self._open.pop(unit)
+            self._fault_known = True
+            self._changed.notify_all()
+        self._attempts.end(attempt, ended)
 
     def stop(self) -> None:
         """Hand out nothing more."""
@@ -281,7 +347,7 @@ class Claims:
             if not self._blame:
                 self._attempts.withdraw(attempt)
                 continue
-            blamed = number == 0 and error is not None and is_to_blame(error)
+            blamed = number == 0 and not self._fault_known and error is not None and is_to_blame(error)
             with suppress(OSError):  # a full disk: then our end is seen from our being gone
                 self._attempts.end(attempt, what_happened(error) if blamed and error else Ended(how="stopped"))
 

@@ -13,8 +13,9 @@ import os
 
 VARIABLE = "STREAMPREP_CRASH_AT"
 
-PACK_STEPS = ("pack", "skipped", "shard", "shard_index", "manifest")
-"""pack.json, skipped.jsonl, NNNNNN.tar, NNNNNN.json, manifest.json."""
+PACK_STEPS = ("pack", "skipped", "attempt", "shard", "shard_index", "withdraw", "manifest")
+"""pack.json, skipped.jsonl, the mark that somebody is at a shard, NNNNNN.tar, NNNNNN.json, the mark's removal,
+manifest.json."""
 JOB_STEPS = (
     "plan",
     "uncond",
@@ -34,7 +35,8 @@ record, the mark's removal, one leftover deleted by finalize, index.parquet, SUC
 aside."""
 RETRY_STEPS = ("retry",)
 """retry/r1.json; then those of a job."""
-POINTS = tuple(point for step in PACK_STEPS + JOB_STEPS + RETRY_STEPS for point in (step, f"{step}.after"))
+_STEPS = dict.fromkeys(PACK_STEPS + JOB_STEPS + RETRY_STEPS)
+POINTS = tuple(point for step in _STEPS for point in (step, f"{step}.after"))
 
 _passes: dict[str, int] = {}
 

@@ -134,8 +134,11 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board
     begun = job.find_job(out, fingerprint(config, encoder.contract, manifest))
     filters = open_filters(shards, manifest, rules)
     plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract, filters)
+    was_finalized = out.exists(job.SUCCESS)  # looked at first, lest another rank's that is true be deleted
     units = begun.unfinished() if begun else list(plan.units)
     check_writable(out, only_writer=config.only_writer)
+    if units and was_finalized:
+        out.delete(job.SUCCESS, step="delete")
     with open_session(config, out, encoder.contract, board) as session:
         progress = session.progress
         progress.total = plan.num_clips
@@ -147,8 +150,6 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board
         to_encode = [unit for unit in units if unit.num_clips and not session.attempts.is_failed(unit.id)]
         with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
             current = begun or job.start_or_join(out, plan)
-            if units:
-                current.store.delete(job.SUCCESS, step="delete")  # it is not so any more
             current.store.remove_unpublished()
             with _committer(current, config, session, max_bad_fraction=config.max_bad_fraction) as committer:
                 if machinery is not None:

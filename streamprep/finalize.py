@@ -77,6 +77,8 @@ def totals(current: Job) -> Totals:
 def read_totals(store: Store) -> Totals:
     """What ``SUCCESS.json`` says."""
     value = json.loads(store.read(job.SUCCESS))
+    for name in ("bad", "dropped"):
+        value[name] = dict(Counter(value[name]).most_common())
     return Totals(**{field.name: value[field.name] for field in dataclasses.fields(Totals)})
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from streamprep.config import IndexConfig
 from streamprep.errors import UserError
 from streamprep.manifest import MANIFEST, PACK, Manifest, ShardInfo
-from streamprep.pack import SKIPPED, describe, in_processes, open_and_probe, record_listing, shard_info
+from streamprep.pack import SKIPPED, describe, open_and_probe, record_listing, shard_info
+from streamprep.processes import in_processes
 from streamprep.progress import Progress
+from streamprep.ranks import this_rank
 from streamprep.shards import Member, ShardIndex, ShardSample, index_name
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, OpenVideo, SourceOptions
@@ -32,6 +34,9 @@ def index(config: IndexConfig) -> Manifest:
         UserError: before anything is written, if a tar is damaged or the folder holds something else.
         OSError: if the machine fails; calling again goes on from there.
     """
+    ranks = this_rank().world_size
+    if ranks > 1:
+        raise UserError(f"`streamprep index` is one process with --num-workers, not {ranks} ranks: start it by itself")
     tars, store = open_store(config.shards), open_store(config.to or config.shards)
     root, to = _local_path(tars), _local_path(store)
     if to != root and (to.is_relative_to(root) or root.is_relative_to(to)):

@@ -3,8 +3,9 @@
 1. List the dataset, sort it by key (or shuffle by a seed), cut it into shards of a given size: all of that follows from
    the listing alone, so any number of processes, in any order, makes the same bytes.
 2. ``pack.json`` records the listing's digest and the options; going on with others is refused.
-3. Each shard is packed by one process: probe, hash, write the tar, then its index. A shard with an index is done.
-4. ``manifest.json`` comes last.
+3. Each shard is packed by one process: probe, hash, write the tar, then its index. A shard with an index is done. Any
+   number of ranks, or of commands started by hand, share the shards out among them (`streamprep.claims`).
+4. ``manifest.json`` comes last, written by whoever sees first that all shards are done; the others wait for it.
 
 Whether a video decodes is not asked here: the original bytes are kept, and what the probe could not read is noted.
 """
@@ -14,30 +15,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from typing import Any, BinaryIO
 
 from streamprep import canonical
+from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_end, what_happened
+from streamprep.board import Board, BoardGone, open_board
+from streamprep.claims import Claims, Timing, Wait, is_to_blame
 from streamprep.config import PackConfig
-from streamprep.errors import UserError
+from streamprep.errors import UnitsSetAside, UserError
 from streamprep.keys import extension_of
-from streamprep.manifest import MANIFEST, PACK, Manifest, ShardInfo
+from streamprep.manifest import MANIFEST, PACK, Manifest, ShardInfo, load_manifest
 from streamprep.probe import ProbeError, probe_video
+from streamprep.processes import JobFailed, as_taken, num_processes
 from streamprep.progress import Progress, count, size
-from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name
+from streamprep.ranks import Rank, this_rank
+from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name, indexed_size_bytes
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, OpenVideo, SourceOptions
 from streamprep.storage import Store, check_writable, open_store
 from streamprep.types import RawSample
-from streamprep.watchdog import end_with_the_parent
-
-T = TypeVar("T")
 
 FORMAT = "streamprep-pack/1"
 SKIPPED = "skipped.jsonl"
@@ -46,13 +47,22 @@ MAX_SAMPLES = 4096
 """Most samples in a shard."""
 _CHUNK_BYTES = 2**18
 _WRITE_BUFFER_BYTES = 2**18
+_MARKS = "_streamprep"
+"""Folder for the marks of who is at which shard; gone when the manifest is there."""
+_STALE_SECONDS = 300.0
 
 
-def pack(config: PackConfig) -> Manifest:
-    """Pack a dataset into shards, or finish what an earlier call began.
+def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float = _STALE_SECONDS) -> Manifest:
+    """Pack a dataset into shards, or finish what an earlier call began; one of any number of ranks.
+
+    Args:
+        config: What to pack, and where to.
+        board: Of all ranks; by default as the environment says.
+        stale_seconds: How long a shard is left to a process that may live, on another machine.
 
     Raises:
         UserError: before anything is written, if the dataset or the options cannot be used.
+        UnitsSetAside: if all is packed but what kills every process that tries it.
         OSError: if the machine fails; calling again goes on from there.
     """
     store = open_store(config.shards, spool_dir=config.spool_dir)
@@ -79,22 +89,12 @@ def pack(config: PackConfig) -> Manifest:
         "num_shards": len(shards),
     }
     record_listing(store, {"format": FORMAT, **options_used}, listing)
-    finished = _finished_shards(store, len(shards))
-    todo = [number for number in range(len(shards)) if number not in finished]
-    progress = Progress(total=len(listing.samples), unit="videos", verb="packing")
-    progress.message(describe(listing, num_shards=len(shards), num_done=len(finished)))
-    with progress:
-        progress.already_done(sum(info.num_samples for info in finished.values()))
-        for number, info in _pack_shards(
-            listing.open_video, store, {number: shards[number] for number in todo}, config.num_workers
-        ):
-            finished[number] = info
-            progress.advance(info.num_samples)
-    manifest = Manifest(shards=tuple(finished[number] for number in range(len(shards))))
-    if not store.exists(MANIFEST) or store.read(MANIFEST) != manifest.to_json():
-        store.put(MANIFEST, manifest.to_json(), step="manifest")
-    store.remove_unpublished()
-    return manifest
+    rank = this_rank()
+    packing = _Packing(store, listing, shards, rank, board or open_board(rank), stale_seconds)
+    anything_left = packing.pack_all(config.num_workers)
+    packing.write_manifest(check=not anything_left)
+    packing.tidy()
+    return load_manifest(store)
 
 
 def cut_into_shards(
@@ -163,70 +163,236 @@ def record_listing(store: Store, options: Mapping[str, Any], listing: Listing) -
 def _check_nothing_of_others(store: Store) -> None:
     """Files of our names without a pack.json are somebody else's, or of a pack whose listing is lost."""
     for entry in store.list():
-        if _OUR_FILE.fullmatch(entry.path):
+        if _OUR_FILE.fullmatch(entry.path) and not store.exists(PACK):  # another rank may have begun just now
             raise UserError(f"{store.url} has a file {entry.path} but no {PACK}: pack into a new folder")
 
 
 def _check_space(store: Store, needed_bytes: int) -> None:
     free = store.free_bytes()
-    if free is not None and needed_bytes > free:
+    if free is not None and needed_bytes > free and not store.exists(PACK):
         raise UserError(f"{store.url} has {size(free)} free, the shards need {size(needed_bytes)}")
 
 
-def _finished_shards(store: Store, num_shards: int) -> dict[int, ShardInfo]:
-    """The shards whose index is there, which is written after the tar, and whose tar was not removed since."""
-    files = {file.path: file.size_bytes for file in store.list()}
-    finished = {}
-    for number in range(num_shards):
-        name = _shard_name(number)
-        if index_name(name) in files:
-            data = store.read(index_name(name))
-            index = ShardIndex.from_json(data)
-            if files.get(name) == index.size_bytes:
-                finished[number] = shard_info(index, data)
-    return finished
-
-
-def _pack_shards(
-    open_video: OpenVideo, store: Store, shards: dict[int, list[RawSample]], num_workers: int
-) -> Iterator[tuple[int, ShardInfo]]:
-    """Pack the shards, several at a time, and yield each as it is done."""
-    jobs = {number: (open_video, store, _shard_name(number), samples) for number, samples in shards.items()}
-    yield from in_processes(pack_shard, jobs, num_workers)
-
-
-def in_processes(
-    work: Callable[..., T], jobs: Mapping[int, tuple[Any, ...]], num_workers: int
-) -> Iterator[tuple[int, T]]:
-    """Call a function for each job, several at a time, and yield (job, result) as each is done.
+class _Packing:
+    """One rank's part in packing.
 
     Args:
-        work: A function of a module.
-        jobs: What to call it with.
-        num_workers: Processes; 0 is one for each core, 1 is this process.
+        store: Where to.
+        listing: What is packed.
+        shards: Its samples, shard by shard.
+        rank: This one.
+        board: Of all ranks.
+        stale_seconds: How long to wait for others that may live.
     """
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
-    if workers <= 1:
-        for number, arguments in jobs.items():
-            yield number, work(*arguments)
-        return
-    # Not forkserver: a process has one, and decoding children want theirs with torchcodec loaded.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
-        futures = {pool.submit(work, *arguments): number for number, arguments in jobs.items()}
+
+    def __init__(
+        self,
+        store: Store,
+        listing: Listing,
+        shards: Sequence[Sequence[RawSample]],
+        rank: Rank,
+        board: Board,
+        stale_seconds: float,
+    ) -> None:
+        self._store, self._listing, self._rank, self._board = store, listing, rank, board
+        self._shards = {f"{number:06d}": samples for number, samples in enumerate(shards)}
+        self._packed = _Packed(store)
+        self._worker = Worker.this(rank.number)
+        self._attempts = Attempts(store, _MARKS, self._worker)
+        self._timing = Timing.of(stale_seconds, world_size=rank.world_size)
+        self._progress = Progress(total=len(listing.samples), unit="videos", verb="packing", quiet=rank.number != 0)
+
+    def pack_all(self, num_workers: int) -> bool:
+        """Take shards until all are there, and pack them.
+
+        Args:
+            num_workers: Processes; 0 is one for each core.
+
+        Returns:
+            Whether any was left.
+        """
+        left = self._begin()
+        claims = Claims(
+            list(self._shards),
+            self._packed,
+            self._attempts,
+            self._board,
+            name="pack",
+            ahead=len(left),
+            timing=self._timing,
+        )
+        workers = min(num_processes(num_workers, local_world_size=self._rank.local_world_size), len(left))
+        with LastWords(self._worker), self._progress, claims:
+            try:
+                with closing(as_taken(pack_shard, lambda: self._take(claims), self._arguments, workers)) as packed:
+                    for unit, info in packed:
+                        self._packed.add(unit, info)
+                        claims.finished(unit)
+                        self._show(info.num_samples)
+            except JobFailed as failed:
+                if failed.job is not None and failed.died:
+                    claims.gave_up(failed.job, Ended(how="vanished", message=str(failed)))
+                elif is_to_blame(failed.error):
+                    claims.gave_up(failed.job, what_happened(failed.error))
+                raise failed.error from failed.error.__cause__
+        if set_aside := self._attempts.failed():
+            raise UnitsSetAside(_describe_set_aside(set_aside))
+        return bool(left)
+
+    def _begin(self) -> list[str]:
+        """Say what is to be done; the shards that are left."""
+        had_manifest = self._store.exists(MANIFEST)  # asked first: it may be there a moment later, rightly
+        left = self._packed.not_done(self._shards)
+        if had_manifest and left:
+            self._store.delete(MANIFEST, step="delete")  # it is not so any more
+        ranks = f"; {count(self._rank.world_size, 'rank')}" if self._rank.world_size > 1 else ""
+        done = len(self._shards) - len(left)
+        self._progress.message(describe(self._listing, num_shards=len(self._shards), num_done=done) + ranks)
+        videos_done = len(self._listing.samples) - sum(len(self._shards[unit]) for unit in left)
+        self._progress.already_done(videos_done)
+        with suppress(BoardGone):
+            self._board.add("checked", 1)  # the launcher starts the other ranks
+            if self._board.add("pack.begun", 1) == 1:
+                self._board.add("pack.videos", videos_done)
+                _forget_the_dead(self._attempts)
+        return left
+
+    def _take(self, claims: Claims) -> str | Wait | None:
+        self._show(0)
+        return claims.poll()
+
+    def _arguments(self, unit: str) -> tuple[OpenVideo, Store, str, Sequence[RawSample]]:
+        return self._listing.open_video, self._store, _shard_name(unit), self._shards[unit]
+
+    def _show(self, num_videos: int) -> None:
+        """Count so many more; show what all ranks have done, or this one if there is no board any more."""
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise OSError("a packing process died; run the same command again to go on") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+            done = self._board.add("pack.videos", num_videos)
+        except BoardGone:
+            self._progress.advance(num_videos)
+        else:
+            self._progress.reached(done, "")
+
+    def write_manifest(self, *, check: bool) -> None:
+        """Once all shards are there: of several ranks one does, the others wait for it.
+
+        Args:
+            check: Look whether one that is there is right: no shard was left to pack.
+        """
+        if check and self._rank.number == 0 and self._store.exists(MANIFEST):
+            if self._store.read(MANIFEST) != self._manifest():
+                self._store.put(MANIFEST, self._manifest(), step="manifest")
+            return
+        claims = Claims(
+            [MANIFEST],
+            _Files(self._store),
+            self._attempts,
+            self._board,
+            name="manifest",
+            timing=self._timing,
+            blame=False,
+        )
+        with claims:
+            for turn in claims:
+                self._store.put(MANIFEST, self._manifest(), step="manifest")
+                claims.finished(turn)
+
+    def _manifest(self) -> bytes:
+        infos = (self._packed.info(unit, num_samples=len(samples)) for unit, samples in self._shards.items())
+        return Manifest(shards=tuple(infos)).to_json()
+
+    def tidy(self) -> None:
+        """Leave nothing of who was at what, now that it is done; what a rank that still works adds, it removes."""
+        self._attempts.forget({*self._attempts.all(), *self._attempts.failed()})
+        for folder in (f"{_MARKS}/attempts", f"{_MARKS}/failed", _MARKS):
+            self._store.remove_if_empty(folder)
+        self._store.remove_unpublished()
 
 
-def _follow_parent() -> None:
-    """Ctrl-C goes to every process of the terminal: the parent decides. If it dies, a worker would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_the_parent()
+class _Packed:
+    """The shards whose index is there, which is written after the tar, and whose tar was not removed or cut since."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._sizes: dict[str, int] = {}
+        self._infos: dict[str, ShardInfo] = {}
+
+    def is_done(self, unit: str) -> bool:
+        """Whether a shard is."""
+        name = _shard_name(unit)
+        if not self._store.exists(name) or not self._store.exists(index_name(name)):
+            return False
+        return self._is_whole(unit, self._store.size_bytes(name))
+
+    def not_done(self, units: Iterable[str]) -> list[str]:
+        """Those of some that are not, in their order."""
+        files = {file.path: file.size_bytes for file in self._store.list()}
+        left = []
+        for unit in units:
+            name = _shard_name(unit)
+            if name not in files or index_name(name) not in files or not self._is_whole(unit, files[name]):
+                left.append(unit)
+        return left
+
+    def add(self, unit: str, info: ShardInfo) -> None:
+        """This process has packed one."""
+        self._infos[unit], self._sizes[unit] = info, info.size_bytes
+
+    def info(self, unit: str, *, num_samples: int) -> ShardInfo:
+        """What the manifest says of one."""
+        if unit not in self._infos:
+            name = _shard_name(unit)
+            self._infos[unit] = ShardInfo(
+                name=name,
+                num_samples=num_samples,
+                size_bytes=self._store.size_bytes(name),
+                index_sha256=canonical.bytes_digest(self._store.read(index_name(name))),
+            )
+        return self._infos[unit]
+
+    def _is_whole(self, unit: str, size_bytes: int) -> bool:
+        if unit not in self._sizes:
+            indexed = indexed_size_bytes(self._store, _shard_name(unit))
+            if indexed is None:
+                return False
+            self._sizes[unit] = indexed
+        return self._sizes[unit] == size_bytes
+
+
+class _Files:
+    """Units that are done when a file of their name is there."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def is_done(self, unit: str) -> bool:
+        return self._store.exists(unit)
+
+    def not_done(self, units: Iterable[str]) -> list[str]:
+        return [unit for unit in units if not self.is_done(unit)]
+
+
+def _forget_the_dead(attempts: Attempts) -> None:
+    """A new run does not hold the end of an earlier one against its shards: all of them are needed."""
+    for unit, those in attempts.all().items():
+        gone = [one for one in those if one.ended is not None or one.by.is_gone(seen_by=attempts.worker)]
+        if len(gone) == len(those):
+            attempts.forget([unit])
+        for one in gone:
+            attempts.withdraw(one)
+    attempts.forget(attempts.failed())
+
+
+def _describe_set_aside(failed: Mapping[str, Sequence[Attempt]]) -> str:
+    lines = [
+        f"{count(len(failed), 'shard')} set aside: every process that tried has died. The others are packed; the same "
+        "command tries again"
+    ]
+    for unit, those in failed.items():
+        last = those[-1]
+        how = describe_end(last.ended or Ended(how="vanished"))
+        lines.append(f"  {_shard_name(unit)}: {count(len(those), 'time')}; the last, {last.by.name}, {how}")
+    return "\n".join(lines)
 
 
 def pack_shard(open_video: OpenVideo, store: Store, name: str, samples: Sequence[RawSample]) -> ShardInfo:
@@ -329,5 +495,5 @@ def shard_info(index: ShardIndex, data: bytes) -> ShardInfo:
     )
 
 
-def _shard_name(number: int) -> str:
-    return f"{number:06d}.tar"
+def _shard_name(unit: str) -> str:
+    return f"{unit}.tar"

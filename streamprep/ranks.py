@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from streamprep.errors import UserError
 
 LAUNCHER = "STREAMPREP_LAUNCHER"
-"""Process id of our own launcher, if it has started this rank."""
+"""Process id of our own launcher, if it has started this rank, and what the rank gets when it dies: ``123 SIGTERM``."""
+TOKEN = "STREAMPREP_TOKEN"
+"""Name of this process among all of the job, if its launcher must know it; else each draws its own."""
 SETTLED = 70
 """A rank's exit code for our own launcher, in the place of 1: starting it again is of no use."""
 
@@ -57,11 +59,12 @@ def this_rank(environment: Mapping[str, str] = os.environ) -> Rank:
 
 
 def end_with_the_launcher() -> None:
-    """Get SIGTERM when our own launcher dies, if this process is a rank of one."""
+    """Get a signal when our own launcher dies, if this process is a rank of one."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
+    pid, name = launcher.split()
     set_parent_death_signal = 1
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != int(launcher):  # it has died before that
-        os.kill(os.getpid(), signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.Signals[name])
+    if os.getppid() != int(pid):  # it has died before that
+        os.kill(os.getpid(), signal.Signals[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamprep import job
@@ -164,7 +164,7 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
         session.attempts,
         session.board,
         name=_FINALIZE,
-        timing=session.timing,
+        timing=replace(session.timing, unmarked_seconds=min(5.0, session.timing.unmarked_seconds)),
         log=session.log,
         blame=False,
     )

@@ -26,6 +26,7 @@ _BLOCK = 512
 MAX_MEMBER_BYTES = 8**11 - 1  # ustar writes sizes as 11 octal digits
 _END_OF_ARCHIVE = bytes(2 * _BLOCK)
 _CHUNK_BYTES = 2**20
+_BEFORE_SAMPLES = b',"samples":[\n'
 
 FORMAT = "streamprep-shard/1"
 
@@ -82,7 +83,7 @@ class ShardIndex:
             )
             for sample in self.samples
         ]
-        return canonical.to_json(head)[:-1] + b',"samples":[\n' + b",\n".join(lines) + b"\n]}\n"
+        return canonical.to_json(head)[:-1] + _BEFORE_SAMPLES + b",\n".join(lines) + b"\n]}\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> ShardIndex:
@@ -222,6 +223,16 @@ def _range_digest(file: BinaryIO, offset: int, size: int) -> str:
 def index_name(shard: str) -> str:
     """``000000.tar`` -> ``000000.json``."""
     return f"{shard.removesuffix('.tar')}.json"
+
+
+def indexed_size_bytes(store: Store, shard: str) -> int | None:
+    """Of a tar, as its index says in its first line; None if there is none, or something else has its name."""
+    try:
+        with store.open(index_name(shard)) as file:
+            head = json.loads(file.readline().removesuffix(_BEFORE_SAMPLES) + b"}")
+    except (FileNotFoundError, ValueError):
+        return None
+    return head["size_bytes"] if isinstance(head, dict) and head.get("format") == FORMAT else None
 
 
 def read_member(store: Store, shard: str, member: Member) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from streamprep.board import Board, open_board
 from streamprep.config import (
     EncodeConfig,
     EncodeSettings,
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from streamprep.finalize import Totals
 
 
-def pack(config: PackConfig) -> int:
+def pack(config: PackConfig, board: Board | None = None) -> int:
     """Pack and print the totals."""
-    manifest = pack_dataset(config)
+    manifest = pack_dataset(config, board=board)
+    if this_rank().number != 0:
+        return 0
     print(
         f"{count(manifest.num_samples, 'caption' if config.captions_only else 'video')}, "
         f"{count(len(manifest.shards), 'shard')}, {size(manifest.size_bytes)} in {config.shards}"
@@ -69,30 +72,33 @@ def index(config: IndexConfig) -> int:
     return 0
 
 
-def encode(config: EncodeConfig) -> int:
+def encode(config: EncodeConfig, board: Board | None = None) -> int:
     """Encode and print the totals."""
     check_worth_a_restart(config)
     from streamprep.encode import encode as encode_shards
 
-    totals = encode_shards(config)
+    totals = encode_shards(config, board)
     if this_rank().number == 0:
         _print_totals(totals, config.out)
     return 0
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, board: Board | None = None) -> int:
     """Pack, encode, print the totals."""
     shards = config.shards or f"{config.out.rstrip('/')}/_streamprep/shards"
+    board = board or open_board(this_rank())  # one for both: rank 0 may be the one that holds it
     pack_dataset(
         PackConfig(
             dataset=config.dataset,
             shards=shards,
             captions_only=config.workload_type == "text",
             **_settings(config, PackSettings),
-        )
+        ),
+        board=board,
+        stale_seconds=config.stale_seconds,
     )
     settings = _settings(config, EncodeSettings) | _settings(config, LaunchSettings)
-    return encode(EncodeConfig(shards=shards, out=config.out, **settings))
+    return encode(EncodeConfig(shards=shards, out=config.out, **settings), board)
 
 
 def _settings(

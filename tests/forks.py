@@ -113,7 +113,7 @@ class Process:
     @property
     def output(self) -> str:
         """What it wrote to stdout and stderr."""
-        return self._log.read_text()
+        return self._log.read_text() if self._log.exists() else ""  # it makes the file itself
 
     def wait(self) -> int:
         """Until it has ended; how it ended."""

@@ -1,8 +1,10 @@
-"""The benchmarks about precision: what they emulate is what the hardware does, what they cannot measure they say."""
+"""The benchmarks: what they emulate is what the hardware does, and what they cannot measure they say."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,28 @@ runpy.run_path("benchmarks/gpu.py", run_name="__main__")
     assert ["tiny", "TF32", "all", NO_CUDA, ""] in table
     assert ["tiny", "float32", NO_CUDA, "", ""] in table
     assert "Whole job: not run (" in done.stdout
+
+
+def test_scaling_runs_ranks_that_share_and_ranks_that_do_not(repo_root: Path, tmp_path: Path) -> None:
+    flags = ["--ranks", "2", "--num-shards", "8", "--smallest", "1", "--largest", "4", "--seconds-per-clip", "0.05"]
+    command = [sys.executable, "benchmarks/scaling.py", *flags, "--rounds", "1", "--json", str(tmp_path / "numbers")]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)  # a busy machine takes minutes
+    assert done.returncode == 0, done.stderr
+    assert [row[:2] for row in rows(done.stdout)[2:]] == [["2", "shared"], ["2", "static"]]
+    jobs = json.loads((tmp_path / "numbers").read_text())["results"]
+    for (job,), split in ((jobs["2 shared"], "shared"), (jobs["2 static"], "static")):
+        assert job["commits"] == 8, split
+        assert sum(job["num_clips"]) == 17
+        assert 0.05 < job["efficiency"] <= 1
+    assert jobs["2 static"][0]["num_clips"] == [10, 7]  # of the shards 0, 2, 4, 6 and 1, 3, 5, 7
+
+
+def test_the_simulated_ranks_commit_every_unit_whatever_fails(run_python: Run, tmp_path: Path) -> None:
+    flags = ["--num-ranks", "16", "--num-units", "300", "--failures", "none", "all", "--json", tmp_path / "numbers"]
+    done = run_python("benchmarks/claims_simulation.py", *flags)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "numbers").read_text())["results"]
+    assert list(results) == ["none", "all"]
+    assert all(result["missing"] == 0 for result in results.values())
+    assert results["none"]["over_ideal"] <= 1.02
+    assert results["none"]["twice"] == 0

@@ -152,7 +152,7 @@ def test_the_wait_is_three_times_the_slowest_unit_if_that_is_longer(world: World
     world.now = 1000.0
     world.commit(rank, slow)
     finish(world, rank)
-    assert 4000 <= world.now < 4100
+    assert 3000 <= world.now < 3100
 
 
 def test_a_unit_that_ends_while_it_is_waited_for_is_not_taken(world: World) -> None:

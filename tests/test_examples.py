@@ -18,8 +18,10 @@ from streamprep import cli
 from streamprep.config import EncodeConfig
 from tools.make_clips import make_clips
 
-EXAMPLES = {"wan_t2v.sh": "2.1-t2v", "wan_i2v.sh": "2.1-i2v"}
+EXAMPLES = {"wan_t2v.sh": "2.1-t2v", "wan_i2v.sh": "2.1-i2v", "ray.sh": "2.1-t2v"}
 """Of each example, the tiny model that stands for its own."""
+NO_GPU = {"ray.sh": ("--nproc", "2", "--device", "cpu")}
+"""Flags of those that count GPUs, for machines without."""
 SMALL = ("--max-height", "64", "--max-width", "96", "--num-frames", "17", "--encode-threads", "1")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -65,12 +67,16 @@ def test_every_example_can_be_executed_is_in_the_readme_and_is_run_here(repo_roo
         assert f"`examples/{path.name}`" in readme, path
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "ray.sh" else []) for name in EXAMPLES]
+)
 def test_the_example_goes_from_videos_to_rows(
     name: str, run_example: Run, tiny_models: Callable[[str], Path], dataset: Path, tmp_path: Path
 ) -> None:
     model = tiny_models(EXAMPLES[name])
-    done = run_example(name, *SMALL, DATASET=dataset, MODEL_PATH=model, SHARDS="my shards", OUT="my latents")
+    done = run_example(
+        name, *SMALL, *NO_GPU.get(name, ()), DATASET=dataset, MODEL_PATH=model, SHARDS="my shards", OUT="my latents"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith(": my latents/combined_parquet_dataset")
     assert (tmp_path / "my shards" / "manifest.json").exists()
@@ -98,7 +104,9 @@ def test_the_example_runs_at_its_own_geometry(
     name: str, run_example: Run, tiny_models: Callable[[str], Path], dataset: Path, tmp_path: Path
 ) -> None:
     one = shutil.copytree(dataset, tmp_path / "one")
-    done = run_example(name, "--max-samples", "1", DATASET=one, MODEL_PATH=tiny_models(EXAMPLES[name]))
+    done = run_example(
+        name, "--max-samples", "1", *NO_GPU.get(name, ()), DATASET=one, MODEL_PATH=tiny_models(EXAMPLES[name])
+    )
     assert done.returncode == 0, done.stderr
     (out,) = tmp_path.glob("data/*/latents/combined_parquet_dataset")
     assert pq.read_table(out)["vae_latent_shape"].to_pylist() == [[16, 20, 60, 104]]
@@ -109,6 +117,7 @@ def test_the_example_runs_at_its_own_geometry(
     [
         ("wan_t2v.sh", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "t2v"),
         ("wan_i2v.sh", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v"),
+        ("ray.sh", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "t2v"),
     ],
 )
 def test_without_anything_else_said_it_is_the_real_model_at_fastvideos_geometry(

@@ -6,10 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -20,65 +18,19 @@ from streamprep.cli import main
 from streamprep.crashpoints import JOB_STEPS
 
 if TYPE_CHECKING:
-    from forks import Forks, Process
+    from forks import Forks
     from jobs import EncodeJob
+    from runs import Run
 
     NewJob = Callable[..., EncodeJob]
     Undisturbed = Callable[..., EncodeJob]
-    NewRun = Callable[[int], "Run"]
+    NewRun = Callable[[int], Run]
 
-pytest_plugins = ["jobs"]
+pytest_plugins = ["jobs", "runs"]
 
 CRASHED = 137
 ODD = "odd_exporter:open_shard"
 STALE_SECONDS = 3
-
-
-class Run:
-    """A launcher of the least kind: a board, and the variables that torchrun gives its ranks."""
-
-    def __init__(self, world_size: int) -> None:
-        code = (
-            "import sys; from torch.distributed import TCPStore; store = TCPStore('127.0.0.1', 0, is_master=True, "
-            "wait_for_workers=False); print(store.port, flush=True); sys.stdin.read()"
-        )
-        self.world_size = world_size
-        self._server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._server.stdout is not None
-        self._port = self._server.stdout.readline().decode().strip()
-
-    def environment(self, rank: int) -> dict[str, str]:
-        return {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self._port,
-        }
-
-    def start(self, job: EncodeJob, rank: int, **how: object) -> Process:
-        how = {"serial": True, "stale_seconds": STALE_SECONDS} | how
-        environment = self.environment(rank) | how.pop("environment", {})  # type: ignore[operator]
-        return job.start(environment=environment, **how)
-
-    def lose_board(self) -> None:
-        self._server.kill()
-        self._server.communicate()
-
-
-@pytest.fixture
-def new_run() -> Iterator[NewRun]:
-    """``new_run(3)``: for three ranks."""
-    runs: list[Run] = []
-
-    def make(world_size: int) -> Run:
-        runs.append(Run(world_size))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.lose_board()
 
 
 def assert_done(job: EncodeJob, expected: EncodeJob) -> None:
@@ -110,6 +62,7 @@ def test_ranks_share_the_units_and_write_what_one_process_writes(
     assert ranks[1].output == ranks[2].output == ""
 
 
+@pytest.mark.slow
 def test_more_ranks_than_units_end_too(
     new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, shards: Path
 ) -> None:
@@ -122,7 +75,14 @@ def test_more_ranks_than_units_end_too(
 # --- ranks die
 
 
-@pytest.mark.parametrize("step", [step for step in JOB_STEPS if step not in ("stop", "failed", "delete", "quarantine")])
+@pytest.mark.parametrize(
+    "step",
+    [
+        step if step in ("attempt", "data", "record", "success") else pytest.param(step, marks=pytest.mark.slow)
+        for step in JOB_STEPS
+        if step not in ("stop", "failed", "delete", "quarantine")
+    ],
+)
 def test_a_rank_that_dies_at_a_durable_step_is_no_loss_to_the_others(
     new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, shards: Path, step: str
 ) -> None:
@@ -208,6 +168,7 @@ def test_a_rank_may_join_late_and_one_that_finds_all_done_leaves(
     assert_done(job, undisturbed(slow_shards))
 
 
+@pytest.mark.slow
 def test_finalize_by_hand_while_ranks_run_is_refused_or_right(
     new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, slow_shards: Path, forks: Forks
 ) -> None:
@@ -244,7 +205,7 @@ def test_sigterm_finishes_the_unit_at_hand_and_takes_no_other(
     assert job.problems() == []
 
 
-@pytest.mark.parametrize("grace_seconds", [0, 1])
+@pytest.mark.parametrize("grace_seconds", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_drops_a_unit_that_takes_longer_than_the_grace(
     new_job: NewJob, shards: Path, grace_seconds: float
 ) -> None:
@@ -291,6 +252,7 @@ def test_a_unit_that_kills_its_process_twice_is_set_aside_and_the_rest_is_done(
     assert not list((job.out / "_streamprep").glob("failed/*"))
 
 
+@pytest.mark.slow
 def test_a_unit_set_aside_again_is_an_error_again(new_job: NewJob, shards: Path) -> None:
     job = new_job()
     poison = {"ODD_UNITS": "000001=raise"}
@@ -303,7 +265,7 @@ def test_a_unit_set_aside_again_is_an_error_again(new_job: NewJob, shards: Path)
     assert job.problems() == []
 
 
-@pytest.mark.parametrize("point", ["failed", "failed.after"])
+@pytest.mark.parametrize("point", ["failed", pytest.param("failed.after", marks=pytest.mark.slow)])
 def test_a_process_that_dies_while_it_sets_a_unit_aside_leaves_that_to_the_next(
     new_job: NewJob, shards: Path, point: str
 ) -> None:
@@ -364,7 +326,7 @@ def test_nproc_starts_ranks_and_starts_those_that_die_again(
     launcher.wait_until_all_gone(seconds=10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_launcher_that_is_stopped_or_killed_leaves_no_rank(
     new_job: NewJob, undisturbed: Undisturbed, slow_shards: Path, number: signal.Signals
 ) -> None:

@@ -162,8 +162,12 @@ class LocalStore:
                     path.unlink(missing_ok=True)
             except (BlockingIOError, FileNotFoundError):
                 continue
+        self.remove_if_empty(_TEMPORARY_FOLDER)
+
+    def remove_if_empty(self, folder: str) -> None:
+        """Remove a folder, unless something is in it; it is no error if it is gone."""
         try:
-            folder.rmdir()
+            self._resolve(folder).rmdir()
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise

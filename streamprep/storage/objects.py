@@ -232,6 +232,9 @@ class ObjectStore:
         self._delete(path)
         crash_point(f"{step}.after")
 
+    def remove_if_empty(self, folder: str) -> None:
+        """Nothing: there are no folders, only names that begin alike."""
+
     def remove_unpublished(self) -> None:
         """Remove from the spool what processes of this machine that died have left there."""
         self.spool.remove_unpublished()

@@ -7,6 +7,7 @@
 ``azurite``        Azure's own emulator of its blob storage; from npm, so not everywhere
 ``fake_gs``        a fake of Google's XML API
 ``fake_hf``        a fake of the Hugging Face hub, which takes commits
+``http_files``     plain files of a folder over HTTP, with ranges
 ``fault_proxy``    stands between a client and any of these, and makes requests fail as told
 =================  ===============================================================================
 

@@ -69,7 +69,8 @@ def _install(cache: Path) -> None:
     with TemporaryDirectory(dir=cache.parent, ignore_cleanup_errors=True) as half:
         command = ["npm", "install", "--prefix", half, "--no-audit", "--no-fund", "--ignore-scripts", PACKAGE]
         subprocess.run(command, check=True, timeout=INSTALL_SECONDS, stdout=subprocess.DEVNULL)
-        Path(half).rename(cache)
+        if not cache.exists():  # another session may have been quicker
+            Path(half).rename(cache)
 
 
 def _container_maker(url: str) -> Callable[[str], None]:

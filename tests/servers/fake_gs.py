@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from servers import Server
+from servers.threads import serving
 
 PAGE_KEYS = 1000
 
@@ -33,25 +34,19 @@ PAGE_KEYS = 1000
 def fake_gs() -> Iterator[Server]:
     """Serve while the context is open."""
     buckets: dict[str, _Bucket] = {}
-    handler = type("Handler", (_Handler,), {"buckets": buckets})
-    with _ThreadingServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with serving(_Handler, buckets=buckets) as url:
         account = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": ""}
         env = {
             "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps({**account, "private_key_id": ""}),
             "GOOGLE_ALLOW_HTTP": "true",
         }
-        try:
-            yield Server(
-                name="fake_gs",
-                url=url,
-                root="gs://",
-                env=env,
-                create_bucket=lambda name: buckets.update({name: _Bucket()}),
-            )
-        finally:
-            server.shutdown()
+        yield Server(
+            name="fake_gs",
+            url=url,
+            root="gs://",
+            env=env,
+            create_bucket=lambda name: buckets.update({name: _Bucket()}),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +74,6 @@ class _Refused(Exception):
 
     def __init__(self, status: HTTPStatus, code: str) -> None:
         self.status, self.code = status, code
-
-
-class _ThreadingServer(ThreadingHTTPServer):
-    request_queue_size = 128  # the default of 5 refuses clients with many connections
 
 
 class _Handler(BaseHTTPRequestHandler):

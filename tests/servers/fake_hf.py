@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 from fake_hub import HubHandler
 
 from servers import Server
+from servers.threads import serving
 
 OWNER = "fake"
 TOKEN = "hf_fake"
@@ -39,21 +39,15 @@ def fake_hf(folder: Path) -> Iterator[Server]:
     """Serve while the context is open; files are under ``folder`` and removed at the end."""
     with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as data:
         hub = _Hub(Path(data))
-        handler = type("Handler", (_Handler,), {"hub": hub, "requests": []})
-        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-            url = f"http://127.0.0.1:{server.server_port}"
+        with serving(_Handler, hub=hub, requests=[]) as url:
             env = {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-            try:
-                yield Server(
-                    name="fake_hf",
-                    url=url,
-                    root=f"hf://datasets/{OWNER}/",
-                    env=env,
-                    create_bucket=lambda name: hub.create(f"{OWNER}/{name}"),
-                )
-            finally:
-                server.shutdown()
+            yield Server(
+                name="fake_hf",
+                url=url,
+                root=f"hf://datasets/{OWNER}/",
+                env=env,
+                create_bucket=lambda name: hub.create(f"{OWNER}/{name}"),
+            )
 
 
 class _Refused(Exception):

@@ -34,6 +34,7 @@ from servers.faults import (
     Request,
     Reset,
     Rule,
+    Slow,
     StallReply,
 )
 from servers.wire import UNTIL_END, Head, Piece, read_body, read_head, reply_length, request_length
@@ -235,6 +236,7 @@ async def _pass_request(
     """Pass the body on, and read it to its end even if the server does not, so that the client gets to the reply."""
     server_listens = True
     async for piece in read_body(reader, request_length(head)):
+        await _keep_pace(request.fault, piece)
         request.sent_bytes += len(piece.data) * piece.is_content
         if server_listens:
             try:
@@ -276,10 +278,16 @@ async def _pass_reply(request: Request, server_reader: asyncio.StreamReader, wri
                     await asyncio.sleep(seconds)
                 case Flip():
                     piece = Piece(bytes([piece.data[0] ^ 0xFF]) + piece.data[1:])
+        await _keep_pace(fault, piece)
         writer.write(piece.data)
         await writer.drain()
         request.received_bytes += len(piece.data) * piece.is_content
     return not head.closes and length != UNTIL_END
+
+
+async def _keep_pace(fault: Fault | None, piece: Piece) -> None:
+    if isinstance(fault, Slow):
+        await asyncio.sleep(len(piece.data) / fault.bytes_per_second)
 
 
 async def _final_head(server_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Head:
@@ -332,13 +340,15 @@ async def _answer(
         async for piece in read_body(reader, request_length(head)):
             request.sent_bytes += len(piece.data) * piece.is_content
     code = answer.code or CODES.get(answer.status, "ServiceUnavailable")
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>by the fault proxy</Message></Error>".encode()
+    error = f"<Error><Code>{code}</Code><Message>by the fault proxy</Message>{answer.details}</Error>"
+    body = f"<?xml version='1.0' encoding='UTF-8'?>{error}".encode()
     closes = waits_to_send or head.closes
     lines = [
         f"HTTP/1.1 {answer.status} {code}",
         "Content-Type: application/xml",
         f"Content-Length: {len(body)}",
         *([f"Retry-After: {answer.retry_after}"] if answer.retry_after is not None else []),
+        *(f"{name}: {value}" for name, value in answer.headers),
         *(["Connection: close"] if closes else []),
     ]
     writer.write("\r\n".join([*lines, "", ""]).encode() + (b"" if request.method == "HEAD" else body))

@@ -19,7 +19,11 @@ class Answer:
     retry_after: int | None = None
     """Seconds, of a header Retry-After."""
     code: str | None = None
-    """In the body, as S3 writes it; by default the usual one for the status."""
+    """In the body, as S3 writes it (``ExpiredToken``); by default the usual one for the status."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """More headers, as ``("x-amz-bucket-region", "eu-west-1")``."""
+    details: str = ""
+    """More XML inside S3's ``<Error>``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,16 @@ class LoseReply:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """The request is passed on some seconds late."""
+    """The request is passed on some seconds late, even if the client has given up by then: networks do that."""
 
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Both bodies pass at a limited speed: a store that is slower than who reads from it or writes to it."""
+
+    bytes_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,7 @@ class DropHeaders:
     """By default the conditions of a put: what is behind becomes a store that ignores them."""
 
 
-Fault = Answer | Reset | CutReply | StallReply | LoseReply | Delay | Flip | DropHeaders
+Fault = Answer | Reset | CutReply | StallReply | LoseReply | Delay | Slow | Flip | DropHeaders
 
 
 @dataclass(slots=True, eq=False)

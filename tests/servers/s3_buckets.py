@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from uuid import uuid4
 
 REGION = "us-east-1"
 
@@ -21,17 +22,33 @@ def s3_env(url: str, *, key: str = "test", secret: str = "testsecret") -> dict[s
 
 def bucket_maker(env: Mapping[str, str]) -> Callable[[str], None]:
     """``create(name)`` for the server of these variables."""
-    client = _client(env)
+    client = s3_client(env)
     return lambda name: client.create_bucket(Bucket=name)
+
+
+def takes_an_object(env: Mapping[str, str]) -> bool:
+    """Whether all of a server works, and not only what answers requests."""
+    import botocore.exceptions
+
+    client, bucket = s3_client(env), f"is-it-ready-{uuid4().hex[:12]}"
+    try:
+        client.create_bucket(Bucket=bucket)
+        client.put_object(Bucket=bucket, Key="k", Body=b"1")
+        client.delete_object(Bucket=bucket, Key="k")
+        client.delete_bucket(Bucket=bucket)
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+        return False
+    return True
 
 
 def unfinished_uploads(env: Mapping[str, str], bucket_url: str) -> list[str]:
     """The keys of the multipart uploads in a bucket that are neither complete nor aborted."""
-    reply = _client(env).list_multipart_uploads(Bucket=bucket_url.removeprefix("s3://").partition("/")[0])
+    reply = s3_client(env).list_multipart_uploads(Bucket=bucket_url.removeprefix("s3://").partition("/")[0])
     return sorted(upload["Key"] for upload in reply.get("Uploads", []))
 
 
-def _client(env: Mapping[str, str]) -> Any:
+def s3_client(env: Mapping[str, str]) -> Any:
+    """boto3's, for the server of these variables."""
     import boto3
 
     return boto3.session.Session().client(

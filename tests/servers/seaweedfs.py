@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from servers import Server
 from servers.processes import answers, program, running
-from servers.s3_buckets import bucket_maker, s3_env
+from servers.s3_buckets import bucket_maker, s3_env, takes_an_object
 
 IDENTITIES = {
     "identities": [
@@ -39,12 +39,15 @@ def seaweedfs(folder: Path) -> Iterator[Server]:
             lambda ports: _command(data, identities, ports),
             num_ports=len(PORTS),
             log=folder / "seaweedfs.log",
-            is_ready=lambda ports: answers(ports[0]),
+            is_ready=lambda ports: answers(ports[0]) and takes_an_object(s3_env(_url(ports))),
             env=ONE_VOLUME_A_BUCKET,
         ) as ports:
-            url = f"http://127.0.0.1:{ports[0]}"
-            env = s3_env(url)
-            yield Server(name="seaweedfs", url=url, root="s3://", env=env, create_bucket=bucket_maker(env))
+            env = s3_env(_url(ports))
+            yield Server(name="seaweedfs", url=_url(ports), root="s3://", env=env, create_bucket=bucket_maker(env))
+
+
+def _url(ports: Sequence[int]) -> str:
+    return f"http://127.0.0.1:{ports[0]}"
 
 
 def _command(data: str, identities: Path, ports: Sequence[int]) -> list[str]:

@@ -6,18 +6,19 @@ import http.client
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from random import Random
+from xml.etree import ElementTree
 
 import pytest
 
 from servers.fault_proxy import FaultProxy, fault_proxy
-from servers.faults import Answer, CutReply, Delay, Flip, LoseReply, Request, Reset, StallReply
+from servers.faults import Answer, CutReply, Delay, DropHeaders, Flip, LoseReply, Request, Reset, Slow, StallReply
+from servers.threads import serving
 
 CONTENT = Random(0).randbytes(3_000_000)
 
@@ -59,6 +60,8 @@ class Echo(BaseHTTPRequestHandler):
     def _reply(self, body: bytes, *, status: int = 200) -> None:
         self.seen.append(f"{self.command} {self.path}")
         self.send_response(status)
+        if "X-Told" in self.headers:
+            self.send_header("X-Told", self.headers["X-Told"])
         if self.path != "/until-end":
             self.send_header("Content-Length", str(len(body)))
         else:
@@ -93,13 +96,8 @@ def seen() -> list[str]:
 
 @pytest.fixture
 def proxy(seen: list[str]) -> Iterator[FaultProxy]:
-    handler = type("Handler", (Echo,), {"seen": seen})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with fault_proxy(f"http://127.0.0.1:{server.server_port}") as proxy:
-            yield proxy
-        server.shutdown()
+    with serving(Echo, seen=seen) as url, fault_proxy(url) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -210,6 +208,27 @@ def test_an_answer_of_the_proxy_keeps_the_request_from_the_server(
     assert connection.getresponse().read() == b"again"
 
 
+def test_an_answer_can_say_all_that_a_store_says(proxy: FaultProxy, connect: Connect) -> None:
+    region = ("x-amz-bucket-region", "eu-west-1")
+    proxy.inject("^GET", Answer(301, code="PermanentRedirect", headers=(region,), details="<Endpoint>e</Endpoint>"))
+    connection = connect()
+    connection.request("GET", "/")
+    reply = connection.getresponse()
+    assert reply.headers["x-amz-bucket-region"] == "eu-west-1"
+    error = ElementTree.fromstring(reply.read())
+    assert [child.text for child in error] == ["PermanentRedirect", "by the fault proxy", "e"]
+
+
+def test_dropped_headers_do_not_reach_the_server(proxy: FaultProxy, connect: Connect) -> None:
+    proxy.inject("/dropped", DropHeaders(("x-told",)))
+    connection = connect()
+    for path in ("/dropped", "/kept"):
+        connection.request("PUT", path, body=b"abc", headers={"X-Told": "1"})
+        reply = connection.getresponse()
+        assert reply.read() == b"abc"
+        assert reply.headers["X-Told"] == (None if path == "/dropped" else "1")
+
+
 def test_the_answer_to_head_has_no_body(proxy: FaultProxy, connect: Connect) -> None:
     proxy.inject("^HEAD", Answer(500))
     connection = connect()
@@ -307,6 +326,16 @@ def test_a_late_request_arrives_after_all(proxy: FaultProxy, connect: Connect) -
     proxy.inject("^GET", Delay(0.5))
     begin = time.monotonic()
     assert get(connect()) == (200, CONTENT)
+    assert time.monotonic() - begin >= 0.5
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_bodies_pass_slowly(proxy: FaultProxy, connect: Connect, method: str) -> None:
+    proxy.inject(f"^{method}", Slow(6_000_000))
+    connection = connect()
+    begin = time.monotonic()
+    connection.request(method, "/file", body=CONTENT if method == "PUT" else None)
+    assert connection.getresponse().read() == CONTENT
     assert time.monotonic() - begin >= 0.5
 
 

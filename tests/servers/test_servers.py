@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,8 @@ from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDenie
 from obstore.store import from_url
 
 from servers.faults import Answer, CutReply, DropHeaders, Flip, LoseReply, Reset, StallReply
-from servers.s3_buckets import unfinished_uploads
+from servers.http_files import http_files
+from servers.s3_buckets import s3_client, unfinished_uploads
 
 if TYPE_CHECKING:
     from object_stores import Faulty, NewBucket
@@ -196,6 +199,20 @@ def test_all_goes_through_the_proxy_as_it_is(behind: tuple[Any, Any]) -> None:
     assert sum(request.sent_bytes for request in proxy.requests if request.kind == "put part") == len(data)
 
 
+def test_boto3_which_waits_for_100_continue_goes_through_the_proxy(
+    s3_server: Server, new_bucket: NewBucket, faulty: Faulty
+) -> None:
+    bucket = new_bucket(s3_server).removeprefix("s3://")
+    env, proxy = faulty(s3_server)
+    rule = proxy.inject("^PUT", Answer(503), times=1)
+    client = s3_client(env)
+    client.put_object(Bucket=bucket, Key="k", Body=io.BytesIO(CONTENT))
+    assert client.get_object(Bucket=bucket, Key="k")["Body"].read() == CONTENT
+    first, *_ = (request for request in proxy.requests if request.kind == "put")
+    assert rule.hits == 1
+    assert first.headers["expect"] == "100-continue"
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -267,3 +284,18 @@ def test_no_variable_of_another_cloud_is_left(
         "AWS_CONFIG_FILE",
         "AWS_SHARED_CREDENTIALS_FILE",
     }
+
+
+# Plain files
+
+
+def test_files_of_a_folder_are_read_over_http(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "k 1.tar").write_bytes(CONTENT)
+    with http_files(tmp_path) as url:
+        store = open_store(f"{url}/a")
+        assert store.head("k 1.tar")["size"] == len(CONTENT)
+        assert bytes(store.get("k 1.tar").bytes()) == CONTENT
+        assert bytes(store.get_range("k 1.tar", start=4_999_990, length=100)) == CONTENT[4_999_990:]
+        with pytest.raises(FileNotFoundError):
+            store.head("missing")
