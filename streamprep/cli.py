@@ -21,6 +21,7 @@ from streamprep.errors import LatentMismatch, OutOfMemory, Stopped, TooManyBadSa
 from streamprep.launch import launch, wants_launching
 from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
 from streamprep.signals import signals_raise_stopped
+from streamprep.storage import is_remote
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
 """Exit codes."""
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS.get(arguments[0])
     if verb is None:
         return _complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
+    config: object = None
     try:
         config = parse(arguments[0], arguments[1:])
         with signals_raise_stopped(then="the same command goes on from here" if verb.resumable else "nothing is kept"):
@@ -98,7 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except OSError as error:
         full = error.errno == errno.ENOSPC and verb.resumable
-        return _complain(f"{error}{'; with more room, the same command goes on from here' if full else ''}", FAILED)
+        room = f"with more room{_in_the_spool(config)}, the same command goes on from here"
+        return _complain(f"{error}{f'; {room}' if full else ''}", FAILED)
+
+
+def _in_the_spool(config: object) -> str:
+    """Where room is needed, if what is written goes to a bucket."""
+    target = getattr(config, "out", None) or getattr(config, "shards", None)
+    return " in the spool folder (--spool-dir)" if is_remote(target) else ""
 
 
 def parse(verb: str, arguments: Sequence[str]) -> object:

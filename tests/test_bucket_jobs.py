@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from object_stores import Faulty, NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
+from forks import Forks
+from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
 from servers import Server
 from servers.fault_proxy import FaultProxy
 from servers.faults import Answer, LoseReply
+from servers.http_files import http_files
 
 from streamprep import job
+from streamprep.crashpoints import VARIABLE
 from streamprep.storage import Store, open_store
 
-pytest_plugins = ["object_stores"]
+pytest_plugins = ["jobs", "object_stores"]
 
-RunCli = Callable[..., subprocess.CompletedProcess[str]]
+RunCli = Callable[..., "Ran"]
 
 FLAGS = (
     *("--max-height", 32, "--max-width", 48, "--num-frames", 5, "--train-fps", 1, "--samples-per-file", 2),
     *("--encode-threads", 1, "--device", "cpu", "--serial"),
 )
 NUM_VIDEOS = 5
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command that has ended."""
+
+    returncode: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def run_cli(forks: Forks) -> RunCli:
+    """``run_cli("pack", ..., crash_at=...)``: a command that knows the servers which this process was pointed at."""
+
+    def run(*arguments: object, crash_at: str | None = None) -> Ran:
+        environment = {name: value for name, value in os.environ.items() if name.startswith((*PROVIDERS, "TMPDIR"))}
+        process = forks.run(*arguments, environment=environment | ({VARIABLE: crash_at} if crash_at else {}))
+        return Ran(process.wait(), process.output)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +66,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., 
     return root
 
 
-def done(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
-    assert result.returncode == 0, result.stderr
+def done(result: Ran) -> Ran:
+    assert result.returncode == 0, result.output
     return result
 
 
-def pack(run_cli: RunCli, dataset: Path, shards: object, **how: object) -> subprocess.CompletedProcess[str]:
+def pack(run_cli: RunCli, dataset: Path, shards: object, **how: object) -> Ran:
     return run_cli("pack", dataset, shards, "--shard-size-mb", 1, "--num-workers", 1, **how)
 
 
-def encode(
-    run_cli: RunCli, model: Path, shards: object, out: object, *flags: object, **how: object
-) -> subprocess.CompletedProcess[str]:
+def encode(run_cli: RunCli, model: Path, shards: object, out: object, *flags: object, **how: object) -> Ran:
     return run_cli("encode", shards, out, "--model-path", model, *FLAGS, *flags, **how)
 
 
@@ -97,21 +120,21 @@ def test_from_bucket_to_bucket_comes_out_what_comes_out_from_folder_to_folder(
 ) -> None:
     bucket = new_bucket(request.getfixturevalue(server))
     shards, out = f"{bucket}/my shards", f"{bucket}/latents/job1"
-    assert "5 videos, 3 shards" in done(pack(run_cli, dataset, shards)).stdout
-    assert "3 done" in done(pack(run_cli, dataset, shards)).stderr
-    assert ": 0 problems" in done(run_cli("verify", shards)).stdout
+    assert "5 videos, 3 shards" in done(pack(run_cli, dataset, shards)).output
+    assert "3 done" in done(pack(run_cli, dataset, shards)).output
+    assert ": 0 problems" in done(run_cli("verify", shards)).output
     encoded = done(encode(run_cli, tiny_model, shards, out))
-    assert f"5 rows, 3 files, {out}" in encoded.stdout.replace(encoded.stdout.split(", ")[2], out)
-    assert "no logs are kept" in encoded.stderr
-    assert f"{shards}: " in encoded.stderr and " get" in encoded.stderr
-    assert "3 done" in done(encode(run_cli, tiny_model, shards, out)).stderr
-    assert ": 0 problems" in done(run_cli("verify", out)).stdout
-    assert "state    done" in done(run_cli("status", out)).stdout
+    assert "5 rows, 3 files" in encoded.output and f" in {out}" in encoded.output
+    assert "no logs are kept" in encoded.output
+    assert f"{shards}: " in encoded.output and " get" in encoded.output
+    assert "3 done" in done(encode(run_cli, tiny_model, shards, out)).output
+    assert ": 0 problems" in done(run_cli("verify", out)).output
+    assert "state    done" in done(run_cli("status", out)).output
     assert contents(open_store(shards), "") == contents(local_job[0], "")
     data = contents(open_store(out), "combined_parquet_dataset")
     assert data == contents(local_job[1], "combined_parquet_dataset")
     assert not list(open_store(out).list(".tmp"))
-    assert not [path for path in temporary.rglob("*") if path.is_file()]
+    assert not list(temporary.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("point", ["plan", "uncond.after", "attempt.after", "data.after", "record", "record.after"])
@@ -127,10 +150,10 @@ def test_a_killed_job_goes_on_in_a_bucket(
     shards, out = local_job[0].url, f"{new_bucket(moto_server)}/out"
     assert encode(run_cli, tiny_model, shards, out, crash_at=point).returncode == 137
     done(encode(run_cli, tiny_model, shards, out))
-    assert ": 0 problems" in done(run_cli("verify", out)).stdout
+    assert ": 0 problems" in done(run_cli("verify", out)).output
     data = contents(open_store(out), "combined_parquet_dataset")
     assert data == contents(local_job[1], "combined_parquet_dataset")
-    assert not [path for path in temporary.rglob("*") if path.is_file()]
+    assert not list(temporary.rglob("*.tmp"))
 
 
 def test_a_job_gets_through_lost_replies_and_slow_downs(
@@ -151,7 +174,7 @@ def test_a_job_gets_through_lost_replies_and_slow_downs(
     done(encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/out"))
     proxy.clear()
     assert lost.hits == 2 and slow.hits
-    assert ": 0 problems" in done(run_cli("verify", f"{bucket}/out")).stdout
+    assert ": 0 problems" in done(run_cli("verify", f"{bucket}/out")).output
     assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
 
 
@@ -170,8 +193,8 @@ def test_a_store_that_fails_ends_the_rank_loudly_and_blames_no_sample(
     proxy.inject("^GET .*000001.tar", Answer(403))
     failed = encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/out")
     assert failed.returncode == 1
-    assert "000001.tar: it was refused (403 Forbidden, AccessDenied" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert "000001.tar: it was refused (403 Forbidden, AccessDenied" in failed.output
+    assert "Traceback" not in failed.output
     proxy.clear()
     done(encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/out"))
     assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
@@ -181,7 +204,7 @@ def test_several_ranks_share_a_job_in_a_bucket(
     moto_server: Server, new_bucket: NewBucket, local_job: tuple[Store, Store], tiny_model: Path, run_cli: RunCli
 ) -> None:
     out = f"{new_bucket(moto_server)}/out"
-    done(encode(run_cli, tiny_model, local_job[0].url, out, "--nproc", 2))
+    done(encode(run_cli, tiny_model, local_job[0].url, out, "--nproc", 2, "--stale-seconds", 10))
     assert rows(open_store(out)) == rows(local_job[1])
 
 
@@ -199,10 +222,25 @@ def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(
         encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out"),
     ):
         assert refused.returncode == 2
-        assert "--only-writer" in refused.stderr
+        assert "--only-writer" in refused.output
     assert not list(open_store(f"{bucket}/out").list(job.FOLDER))
     done(encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out", "--only-writer"))
     assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
+
+
+def test_shards_on_a_web_server_can_be_read_and_not_written(
+    local_job: tuple[Store, Store], dataset: Path, tiny_model: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    shards = local_job[0].local_path()
+    assert shards is not None
+    with http_files(shards) as url:
+        assert ": 0 problems" in done(run_cli("verify", url)).output
+        done(encode(run_cli, tiny_model, url, tmp_path / "out"))
+        for refused in (pack(run_cli, dataset, f"{url}/new"), encode(run_cli, tiny_model, shards, f"{url}/out")):
+            assert refused.returncode == 2
+            assert "write to a local folder or a bucket" in refused.output
+    data = contents(open_store(tmp_path / "out"), "combined_parquet_dataset")
+    assert data == contents(local_job[1], "combined_parquet_dataset")
 
 
 def test_one_place_cannot_be_both_shards_and_output(
@@ -212,7 +250,7 @@ def test_one_place_cannot_be_both_shards_and_output(
     done(pack(run_cli, dataset, f"{bucket}/shards"))
     refused = encode(run_cli, tiny_model, f"{bucket}/shards", f"{bucket}/shards/")
     assert refused.returncode == 2
-    assert "is the folder of the shards" in refused.stderr
+    assert "is the folder of the shards" in refused.output
 
 
 @pytest.mark.parametrize(
@@ -232,8 +270,8 @@ def test_what_cannot_be_in_a_bucket_is_said_so(
 ) -> None:
     refused = run_cli(*(argument.format(dataset=dataset) for argument in arguments))
     assert refused.returncode in (1, 2)
-    assert said in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert said in refused.output
+    assert "Traceback" not in refused.output
 
 
 def test_a_full_spool_says_where_it_is(
@@ -249,6 +287,6 @@ def test_a_full_spool_says_where_it_is(
     finally:
         subprocess.run(["umount", disk], check=True)
     assert full.returncode == 1
-    assert f"{disk}/streamprep-spool" in full.stderr
-    assert "--spool-dir" in full.stderr
+    assert f"{disk}/streamprep-spool" in full.output
+    assert "--spool-dir" in full.output
     shutil.rmtree(disk)

@@ -19,7 +19,7 @@ import pytest
 from streamprep.attempts import Attempts, Worker
 from streamprep.cli import main
 from streamprep.launch.actor import RankActor, rank_environment
-from streamprep.storage import LocalStore
+from streamprep.storage import open_store
 
 if TYPE_CHECKING:
     from forks import Process
@@ -198,8 +198,8 @@ def node_of_its_own(address: str, log: Path, **environment: str) -> Iterator[psu
 def test_a_lost_process_frees_what_it_was_at_and_nothing_else(tmp_path: Path) -> None:
     elsewhere = [dataclasses.replace(Worker.this(), token=token, machine="another") for token in ("lost", "alive")]
     for worker, unit in zip(elsewhere, ("000000", "000001"), strict=True):
-        Attempts(LocalStore(tmp_path), "job", worker).begin(unit, alone=False)
-    here = Attempts(LocalStore(tmp_path), "job", Worker.this())
+        Attempts(open_store(tmp_path), "job", worker).begin(unit, alone=False)
+    here = Attempts(open_store(tmp_path), "job", Worker.this())
     here.conclude_lost("lost")
     (lost,), (alive,) = here.of("000000"), here.of("000001")
     assert lost.ended is not None and lost.ended.how == "vanished"

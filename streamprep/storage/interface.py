@@ -166,7 +166,7 @@ class Store(Protocol):
         """Remove a file; it is no error if it is gone."""
 
     def remove_if_empty(self, folder: str) -> None:
-        """Remove a folder that holds nothing; in a bucket there is none."""
+        """Remove a folder, unless something is in it; it is no error if it is gone."""
 
     def remove_unpublished(self) -> None:
         """Remove what processes of this machine that died left half written; files of living ones stay."""

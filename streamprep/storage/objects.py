@@ -233,7 +233,7 @@ class ObjectStore:
         crash_point(f"{step}.after")
 
     def remove_if_empty(self, folder: str) -> None:
-        """Nothing to do: folders are only names."""
+        """Nothing: there are no folders, only names that begin alike."""
 
     def remove_unpublished(self) -> None:
         """Remove from the spool what processes of this machine that died have left there."""
@@ -443,7 +443,8 @@ class WebStore(ObjectStore):
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """No web server lists its files in a way that all others do."""
         raise UserError(
-            f"{self._url(folder)}: files on a web server cannot be listed, only those that are known be read"
+            f"{self._url(folder)}: a web server lists no files and takes none, so it can only be what `encode` reads: "
+            "write to a local folder or a bucket"
         )
 
     def new_file(self) -> NoReturn:
