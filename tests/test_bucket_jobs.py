@@ -17,6 +17,7 @@ from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, 
 from servers import Server
 from servers.fault_proxy import FaultProxy
 from servers.faults import Answer, LoseReply
+from servers.http_files import http_files
 
 from streamprep import job
 from streamprep.crashpoints import VARIABLE
@@ -225,6 +226,21 @@ def test_a_store_that_ignores_conditions_is_refused_before_anything_is_written(
     assert not list(open_store(f"{bucket}/out").list(job.FOLDER))
     done(encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out", "--only-writer"))
     assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
+
+
+def test_shards_on_a_web_server_can_be_read_and_not_written(
+    local_job: tuple[Store, Store], dataset: Path, tiny_model: Path, run_cli: RunCli, tmp_path: Path
+) -> None:
+    shards = local_job[0].local_path()
+    assert shards is not None
+    with http_files(shards) as url:
+        assert ": 0 problems" in done(run_cli("verify", url)).output
+        done(encode(run_cli, tiny_model, url, tmp_path / "out"))
+        for refused in (pack(run_cli, dataset, f"{url}/new"), encode(run_cli, tiny_model, shards, f"{url}/out")):
+            assert refused.returncode == 2
+            assert "write to a local folder or a bucket" in refused.output
+    data = contents(open_store(tmp_path / "out"), "combined_parquet_dataset")
+    assert data == contents(local_job[1], "combined_parquet_dataset")
 
 
 def test_one_place_cannot_be_both_shards_and_output(
