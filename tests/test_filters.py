@@ -748,10 +748,10 @@ def test_what_is_dropped_for_its_frames_was_attempted_and_is_not_bad(tmp_path: P
     black = [Excluded(key=f"0/{n}", reason="filter:black", message="dark", stage="decode") for n in range(480)]
     with make_committer(current) as committer:
         committer.take(dataclasses.replace(make_batch(first, [], [make_bad("0/bad")]), dropped=black))
-        committer.check_any_rows()
+        committer.check_all()
     with make_committer(current) as committer:
         committer.take(make_batch(second, [], [make_bad(f"1/{n}") for n in range(20)]))
-        committer.check_any_rows()
+        committer.check_all()
     with make_committer(make_job(tmp_path / "other")) as committer, pytest.raises(TooManyBadSamples, match="21 of 25"):
         bad = [make_bad(f"0/{n}") for n in range(21)]
         committer.take(dataclasses.replace(make_batch(first, [], bad), dropped=black[:4]))
