@@ -166,16 +166,10 @@ def _one_job(args: argparse.Namespace, mode: str, number: int) -> dict[str, Any]
 
 
 def _environment(rank: int, number: int, port: int) -> dict[str, str]:
-    return os.environ | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(number),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
-    }
+    from streamprep.ranks import Rank
+
+    one = Rank(number=rank, world_size=number, local_number=rank, local_world_size=number)
+    return os.environ | one.environment("127.0.0.1", port) | {"OMP_NUM_THREADS": "1"}
 
 
 def _events(out: Path) -> dict[str, list[float]]:

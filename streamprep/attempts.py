@@ -17,15 +17,18 @@ import json
 import os
 import socket
 import tempfile
+import time
 import traceback
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, cast
 
 from streamprep import canonical
+from streamprep.progress import count
 from streamprep.ranks import TOKEN
 from streamprep.storage import FileEntry, Store
 
@@ -149,8 +152,17 @@ class Attempts:
         self._store.delete(self.path(attempt), step="withdraw")
 
     def end(self, attempt: Attempt, ended: Ended) -> None:
-        """Say how an attempt ended; set the unit aside if that was once too often."""
-        self._store.put(self.path(attempt), dataclasses.replace(attempt, ended=ended).to_json(), step="attempt")
+        """Say how an attempt ended; set the unit aside if that was once too often.
+
+        Raises:
+            OSError: if the store takes nothing; who finds the mark then reads it in the file of last words.
+        """
+        try:
+            self._store.put(self.path(attempt), dataclasses.replace(attempt, ended=ended).to_json(), step="attempt")
+        except OSError:
+            with suppress(OSError):
+                _last_words_file(attempt.by).write_text(f"{_NOT_A_CRASH}{ended.how}\n{ended.traceback}")
+            raise
         if ended.how != "stopped":
             self._judge(attempt.unit)
 
@@ -203,8 +215,7 @@ class Attempts:
                 except FileNotFoundError:
                     continue
                 if attempt.ended is None:
-                    told = _last_words(attempt.by)
-                    ended = Ended(how="signal", message=told.partition("\n")[0], traceback=told) if told else _VANISHED
+                    ended = _last_words(attempt.by)
                     self.end(attempt, ended)
                     attempt = dataclasses.replace(attempt, ended=ended)
                 _last_words_file(attempt.by).unlink(missing_ok=True)
@@ -283,6 +294,25 @@ def describe_end(ended: Ended) -> str:
     }[ended.how]
 
 
+def describe_set_aside(
+    failed: Mapping[str, Sequence[Attempt]], *, noun: str, then: str, name: Callable[[str], str] = str
+) -> str:
+    """Which units are set aside, and why.
+
+    Args:
+        failed: The attempts at each.
+        noun: What a unit is, to the user.
+        then: What can be done.
+        name: Of a unit.
+    """
+    lines = [f"{count(len(failed), noun)} set aside: every process that tried has died. {then}"]
+    for unit, attempts in failed.items():
+        last = attempts[-1]
+        how = describe_end(last.ended or _VANISHED)
+        lines.append(f"  {name(unit)}: {count(len(attempts), 'time')}; the last, {last.by.name}, {how}")
+    return "\n".join(lines)
+
+
 def what_happened(error: BaseException) -> Ended:
     """An error as the end of an attempt."""
     text = "".join(traceback.format_exception(error))
@@ -292,6 +322,8 @@ def what_happened(error: BaseException) -> Ended:
 
 
 _VANISHED = Ended(how="vanished")
+_NOT_A_CRASH = "streamprep: "
+_OLD_SECONDS = 24 * 3600.0
 
 
 class LastWords:
@@ -301,6 +333,7 @@ class LastWords:
         self._path = _last_words_file(worker)
 
     def __enter__(self) -> LastWords:
+        _sweep_last_words()
         self._takes_over = not faulthandler.is_enabled()
         if self._takes_over:
             self._file = open(self._path, "w")
@@ -311,14 +344,33 @@ class LastWords:
         if self._takes_over:
             faulthandler.disable()
             self._file.close()
-            self._path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if not self._path.stat().st_size:
+                    self._path.unlink()
 
 
-def _last_words(worker: Worker) -> str:
+def _last_words(worker: Worker) -> Ended:
+    """How a process ended that could not say so in its mark."""
     try:
-        return _last_words_file(worker).read_text(errors="replace")[:8000]
+        told = _last_words_file(worker).read_text(errors="replace")[:8000]
     except OSError:
-        return ""
+        return _VANISHED
+    first, _, rest = told.partition("\n")
+    if not first.startswith(_NOT_A_CRASH):
+        return Ended(how="signal", message=first, traceback=told) if told else _VANISHED
+    how = cast("How", first.removeprefix(_NOT_A_CRASH))
+    return Ended(how=how, message="and the store would not take a note of it", traceback=rest)
+
+
+def _sweep_last_words() -> None:
+    """Remove empty files of processes that were killed with no unit at hand: nobody asks for those."""
+    for path in Path(tempfile.gettempdir()).glob("streamprep-*-*.crash"):
+        pid = path.name.split("-")[1]
+        with suppress(OSError):
+            status = path.stat()
+            old = time.time() - status.st_mtime > _OLD_SECONDS
+            if pid.isdecimal() and not status.st_size and old and _started(int(pid)) is None:
+                path.unlink()
 
 
 def _last_words_file(worker: Worker) -> Path:

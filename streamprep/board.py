@@ -15,14 +15,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
-from streamprep.ranks import Rank
+from streamprep.ranks import AGENTS_STORE, Rank
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store as TorchStore
-
-
-AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-"""Whether the launcher holds the store, ``True`` or not; else rank 0 does."""
 
 
 class BoardGone(Exception):

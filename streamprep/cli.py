@@ -20,6 +20,7 @@ from streamprep import config as configs
 from streamprep.errors import LatentMismatch, OutOfMemory, Stopped, TooManyBadSamples, UnitsSetAside, UserError
 from streamprep.launch import launch, wants_launching
 from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
+from streamprep.settings_file import with_file_defaults
 from streamprep.signals import signals_raise_stopped
 from streamprep.storage import is_remote
 
@@ -119,7 +120,7 @@ def parse(verb: str, arguments: Sequence[str]) -> object:
     """
     config = VERBS[verb].config
     prog = f"streamprep {verb}"
-    parsed: object = tyro.cli(config, prog=prog, args=configs.with_file_defaults(config, arguments))
+    parsed: object = tyro.cli(config, prog=prog, args=with_file_defaults(config, arguments))
     return parsed
 
 

@@ -23,7 +23,7 @@ from contextlib import closing, suppress
 from typing import Any, BinaryIO
 
 from streamprep import canonical
-from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_end, what_happened
+from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_set_aside, what_happened
 from streamprep.board import Board, BoardGone, open_board
 from streamprep.claims import Claims, Timing, Wait, is_to_blame
 from streamprep.config import PackConfig
@@ -384,15 +384,8 @@ def _forget_the_dead(attempts: Attempts) -> None:
 
 
 def _describe_set_aside(failed: Mapping[str, Sequence[Attempt]]) -> str:
-    lines = [
-        f"{count(len(failed), 'shard')} set aside: every process that tried has died. The others are packed; the same "
-        "command tries again"
-    ]
-    for unit, those in failed.items():
-        last = those[-1]
-        how = describe_end(last.ended or Ended(how="vanished"))
-        lines.append(f"  {_shard_name(unit)}: {count(len(those), 'time')}; the last, {last.by.name}, {how}")
-    return "\n".join(lines)
+    then = "The others are packed; the same command tries again"
+    return describe_set_aside(failed, noun="shard", then=then, name=_shard_name)
 
 
 def pack_shard(open_video: OpenVideo, store: Store, name: str, samples: Sequence[RawSample]) -> ShardInfo:

@@ -14,6 +14,8 @@ LAUNCHER = "STREAMPREP_LAUNCHER"
 """Process id of our own launcher, if it has started this rank, and what the rank gets when it dies: ``123 SIGTERM``."""
 TOKEN = "STREAMPREP_TOKEN"
 """Name of this process among all of the job, if its launcher must know it; else each draws its own."""
+AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Whether the launcher holds the store, ``True`` or not; else rank 0 does."""
 SETTLED = 70
 """A rank's exit code for our own launcher, in the place of 1: starting it again is of no use."""
 
@@ -31,6 +33,23 @@ class Rank:
     """How often the launcher has started its processes again."""
     launched: bool = False
     """Whether a launcher has said so: it hears of a failure, and may start the process again."""
+
+    def environment(self, host: str, port: int) -> dict[str, str]:
+        """The variables by which `this_rank` and `streamprep.board.open_board` know it, as torchrun sets them.
+
+        Args:
+            host: Where the launcher's store is.
+            port: Of it.
+        """
+        return {
+            "RANK": str(self.number),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_number),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+            AGENTS_STORE: "True",
+        }
 
 
 def this_rank(environment: Mapping[str, str] = os.environ) -> Rank:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
 from streamprep import job
@@ -74,9 +75,11 @@ def retry(config: RetryConfig) -> Retried:
             attempts.forget(failed_units(current, attempts))
         _encode_units_of_the_plan(config, current, board)
     bad = current.bad_clips()
-    chosen = _begun(current, config.reason, bad)
+    chosen = _of_this_run(current, board) or _begun(current, config.reason, bad)
     if chosen is None and not config.failed:
         chosen = _plan_round(current, config.reason, bad)
+    if chosen is not None:
+        _tell_round(chosen, board)
     if chosen is not None:
         _encode(config, current, chosen, board)
     if failed := failed_units(current, attempts):
@@ -165,6 +168,21 @@ def _is_first(board: Board) -> bool:
         return board.add("retry.begun", 1) == 1
     except BoardGone:
         return False
+
+
+def _of_this_run(current: Job, board: Board) -> Round | None:
+    """The round that another rank has begun; one that comes late must not plan the next for what is still bad."""
+    try:
+        number = board.add("retry.round", 0)
+    except BoardGone:
+        return None
+    return next((one for one in current.rounds() if one.number == number), None)
+
+
+def _tell_round(chosen: Round, board: Board) -> None:
+    with suppress(BoardGone):
+        if board.add("retry.told", 1) == 1:
+            board.add("retry.round", chosen.number)
 
 
 def _encode(config: RetryConfig, current: Job, chosen: Round, board: Board) -> None:

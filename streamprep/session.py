@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamprep import job
-from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_end
+from streamprep.attempts import Attempt, Attempts, LastWords, Worker, describe_set_aside
 from streamprep.board import Board, BoardGone, open_board
 from streamprep.claims import Claims, Timing
 from streamprep.commit import Committer, obey_earlier_stop
@@ -20,7 +20,7 @@ from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_
 from streamprep.fleet import Fleet
 from streamprep.job import Job, Unit
 from streamprep.pipeline import Pipeline
-from streamprep.progress import Progress, count
+from streamprep.progress import Progress
 from streamprep.ranklog import RankLog
 from streamprep.ranks import Rank, this_rank
 from streamprep.storage import Store, open_store
@@ -156,6 +156,7 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
     """
     failed = failed_units(current, session.attempts)
     if failed:
+        tidy(current, session.attempts)
         raise UnitsSetAside(describe_failed(failed))
     if current.unfinished():
         raise Stopped("another command has set units free that were set aside, and encodes them")
@@ -225,15 +226,8 @@ def failed_units(current: Job, attempts: Attempts) -> dict[str, list[Attempt]]:
 
 def describe_failed(failed: Mapping[str, Sequence[Attempt]]) -> str:
     """Which units are set aside, and why."""
-    lines = [
-        f"{count(len(failed), 'unit')} set aside: every process that tried has died. The rest is done; "
-        "`streamprep retry OUT --failed` tries again"
-    ]
-    for unit, attempts in failed.items():
-        last = attempts[-1]
-        how = describe_end(last.ended or Ended(how="vanished"))
-        lines.append(f"  {unit}: {count(len(attempts), 'time')}; the last, {last.by.name}, {how}")
-    return "\n".join(lines)
+    then = "The rest is done; `streamprep retry OUT --failed` tries again"
+    return describe_set_aside(failed, noun="unit", then=then)
 
 
 _FINALIZE = "finalize"

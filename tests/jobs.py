@@ -88,6 +88,12 @@ class EncodeJob:
         """As the commands see it."""
         return open_job(open_store(self.out))
 
+    def leave_an_orphan(self) -> None:
+        """Put a file there that a killed process might have left: `finalize` deletes it."""
+        orphan = self.out / "combined_parquet_dataset/000000-00000-0123abcd.parquet"
+        orphan.parent.mkdir(parents=True)
+        orphan.write_bytes(b"half of something")
+
     def num_records(self) -> int:
         """Units that are committed."""
         return len(list((self.out / "_streamprep/records").glob("*.json")))

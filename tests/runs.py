@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from streamprep.ranks import Rank
+
 if TYPE_CHECKING:
     from forks import Forks, Process
     from jobs import EncodeJob
@@ -29,15 +31,9 @@ class Run:
         self._port = self._server.wait_for(lambda: self._server.output.endswith("\n") and self._server.output.strip())
 
     def environment(self, rank: int) -> dict[str, str]:
-        return {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self._port,
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
+        number = self.world_size
+        one = Rank(number=rank, world_size=number, local_number=rank, local_world_size=number)
+        return one.environment("127.0.0.1", int(self._port))
 
     def start(self, job: EncodeJob, rank: int, **how: object) -> Process:
         how = {"serial": True, "stale_seconds": STALE_SECONDS} | how

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from shared_board import SharedBoard
 
 from streamprep.attempts import Attempts, Ended, LastWords, Worker, describe_end, what_happened
 from streamprep.board import BoardGone, LocalBoard, LostBoard, StoreBoard, open_board
@@ -35,12 +37,6 @@ class Done:
 
     def not_done(self, units: Iterator[str]) -> list[str]:
         return [unit for unit in units if unit not in self.units]
-
-
-class SharedBoard(LocalBoard):
-    """As of several ranks, which here are objects of one process."""
-
-    shared = True
 
 
 @dataclass
@@ -335,6 +331,26 @@ def test_a_crash_leaves_its_stack(world: World) -> None:
     assert concluded.ended.how == "signal"
     assert concluded.ended.message == "Fatal Python error: Segmentation fault"
     assert "at_fault" in concluded.ended.traceback
+
+
+def test_an_end_that_the_store_does_not_take_is_not_taken_for_a_silent_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five silent deaths set a unit aside; a full disk must not."""
+    dead = dead_process()
+    theirs, ours = (Attempts(world.store, "_streamprep", worker) for worker in (dead, Worker.this()))
+    attempt = theirs.begin(UNITS[0], alone=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(world.store), "put", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            theirs.end(attempt, Ended(how="stopped"))
+    (concluded,) = ours.conclude(ours.of(UNITS[0]))
+    assert concluded.ended is not None
+    assert concluded.ended.how == "stopped"
+
+
+def no_room(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_a_process_said_before_it_ended_is_not_overwritten(world: World) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from shared_board import SharedBoard
 
 from streamprep.attempts import Attempts, Worker
 from streamprep.board import BoardGone, LocalBoard, LostBoard
@@ -35,12 +36,6 @@ class CountingStore(LocalStore):
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         self.requests["list"] += 1
         return super().list(folder, prefix=prefix)
-
-
-class SharedBoard(LocalBoard):
-    """As of several ranks, which here are objects of one process."""
-
-    shared = True
 
 
 @dataclass

@@ -6,17 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from shared_board import SharedBoard
 
 from streamprep.attempts import Worker
-from streamprep.board import Board, BoardGone, LocalBoard
+from streamprep.board import Board, BoardGone
 from streamprep.fleet import Fleet, _Seen, describe_ranks, find_bottleneck
 from streamprep.progress import Progress
 from streamprep.ranklog import RankLog
 from streamprep.ranks import Rank
-
-
-class SharedBoard(LocalBoard):
-    shared = True
 
 
 def seen(rate: float, *, changed: float = 100.0, units: tuple[str, ...] = ("000001",), **waits: float) -> _Seen:

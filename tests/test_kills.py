@@ -51,7 +51,7 @@ def test_a_job_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     new_job: NewJob, undisturbed: Undisturbed, shards: Path, point: str
 ) -> None:
     job = new_job()
-    leave_an_orphan(job)
+    job.leave_an_orphan()
     assert job.run(serial=True, crash_at=point).code == CRASHED
     assert_ends_like(undisturbed(shards), job, serial=True)
 
@@ -340,6 +340,22 @@ def test_a_full_disk_is_an_error_that_more_room_repairs(
     assert_ends_like(undisturbed(shards), job, serial=True)
 
 
+def test_a_disk_that_may_not_be_written_is_an_error_in_one_line(
+    new_job: NewJob, undisturbed: Undisturbed, shards: Path, small_disk: Path
+) -> None:
+    job = new_job(out=small_disk / "out")
+    assert job.run(serial=True, crash_at="record.after:1").code == CRASHED
+    before = job.files()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    failed = job.run(serial=True)
+    assert failed.code == 1
+    assert "Read-only file system" in failed.output
+    assert "Traceback" not in failed.output
+    assert job.files() == before
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert_ends_like(undisturbed(shards), job, serial=True)
+
+
 def test_a_full_disk_is_reported_in_one_line(new_job: NewJob, small_disk: Path) -> None:
     job = new_job(out=small_disk / "out")
     assert job.run(serial=True, crash_at="record.after:1").code == CRASHED
@@ -348,13 +364,6 @@ def test_a_full_disk_is_reported_in_one_line(new_job: NewJob, small_disk: Path) 
 
 
 # --- what these tests say in one word
-
-
-def leave_an_orphan(job: EncodeJob) -> None:
-    """Put a file there that a killed process might have left: `finalize` deletes it."""
-    orphan = job.out / "combined_parquet_dataset/000000-00000-0123abcd.parquet"
-    orphan.parent.mkdir(parents=True)
-    orphan.write_bytes(b"half of something")
 
 
 def assert_ends_like(expected: EncodeJob, job: EncodeJob, **flags: object) -> None:

@@ -76,20 +76,23 @@ def test_more_ranks_than_units_end_too(
 
 
 @pytest.mark.parametrize(
-    "step",
+    "point",
     [
-        step if step in ("attempt", "data", "record", "success") else pytest.param(step, marks=pytest.mark.slow)
+        point
+        if point in ("attempt", "data.after", "record", "success")
+        else pytest.param(point, marks=pytest.mark.slow)
         for step in JOB_STEPS
-        if step not in ("stop", "failed", "delete", "quarantine")
+        if step not in ("stop", "failed")  # those have their own
+        for point in (step, f"{step}.after")
     ],
 )
 def test_a_rank_that_dies_at_a_durable_step_is_no_loss_to_the_others(
-    new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, shards: Path, step: str
+    new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, shards: Path, point: str
 ) -> None:
     """Which of the two comes to that point first is a matter of chance; the other one then ends the job."""
     job, run = new_job(), new_run(2)
-    moment = Random(step).choice(("", ".after"))
-    ranks = [run.start(job, rank, crash_at=f"{step}{moment}") for rank in range(2)]
+    job.leave_an_orphan()
+    ranks = [run.start(job, rank, crash_at=point) for rank in range(2)]
     codes = sorted(rank.wait() for rank in ranks)
     assert CRASHED in codes
     last = run.start(job, 0)

@@ -10,11 +10,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from streamprep.board import AGENTS_STORE
 from streamprep.config import LaunchSettings
 from streamprep.errors import UserError
 from streamprep.launch.supervise import describe_code, open_own_board, supervise
-from streamprep.ranks import LAUNCHER
+from streamprep.ranks import LAUNCHER, Rank
 
 
 def launch_locally(config: LaunchSettings, arguments: Sequence[str]) -> int:
@@ -72,13 +71,5 @@ def _num_ranks(nproc: str) -> int:
 
 
 def _environment(rank: int, number: int, port: int) -> dict[str, str]:
-    return os.environ | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(number),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        AGENTS_STORE: "True",
-        LAUNCHER: f"{os.getpid()} SIGTERM",
-    }
+    one = Rank(number=rank, world_size=number, local_number=rank, local_world_size=number)
+    return os.environ | one.environment("127.0.0.1", port) | {LAUNCHER: f"{os.getpid()} SIGTERM"}

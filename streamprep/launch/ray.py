@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from streamprep.attempts import Attempts, Worker
-from streamprep.board import AGENTS_STORE
 from streamprep.config import LaunchSettings
 from streamprep.errors import Stopped, UserError, first_line
 from streamprep.job import FOLDER
 from streamprep.launch.actor import RankActor
 from streamprep.launch.supervise import describe_code, open_own_board, say, supervise
-from streamprep.ranks import TOKEN
+from streamprep.ranks import TOKEN, Rank
 from streamprep.storage import open_store
 
 _CONNECT_SECONDS = 10.0
@@ -202,14 +201,14 @@ class _Actors:
     def start_process(self, place: _Place, token: str) -> Any:
         """Ask an actor for it."""
         near = [other.rank for other in self._places if other.node == place.node]
+        rank = Rank(
+            number=place.rank,
+            world_size=len(self._places),
+            local_number=near.index(place.rank),
+            local_world_size=len(near),
+        )
         environment = {
-            "RANK": str(place.rank),
-            "WORLD_SIZE": str(len(self._places)),
-            "LOCAL_RANK": str(near.index(place.rank)),
-            "LOCAL_WORLD_SIZE": str(len(near)),
-            "MASTER_ADDR": self._address[0],
-            "MASTER_PORT": str(self._address[1]),
-            AGENTS_STORE: "True",
+            **rank.environment(*self._address),
             TOKEN: token,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),  # Ray says 1 in the place of nothing
         }
