@@ -80,7 +80,6 @@ def retry(config: RetryConfig) -> Retried:
         chosen = _plan_round(current, config.reason, bad)
     if chosen is not None:
         _tell_round(chosen, board)
-    if chosen is not None:
         _encode(config, current, chosen, board)
     if failed := failed_units(current, attempts):
         raise UnitsSetAside(describe_failed(failed))
