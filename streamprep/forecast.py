@@ -15,12 +15,11 @@ from streamprep.config import EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.filters import Filters
-from streamprep.manifest import load_manifest
+from streamprep.manifest import Shards
 from streamprep.plan import ClipPlan, TextPlan, UnitPlan, explain, is_drop
 from streamprep.prepare import column_problem, open_filters, plan_shards, rules_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardSample
-from streamprep.storage import Store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +61,7 @@ class Forecast:
     """One for each row of the output and each sample or caption that is left out, if they are asked for."""
 
 
-def forecast(shards: Store, config: EncodeSettings, contract: LatentContract, *, with_decisions: bool) -> Forecast:
+def forecast(shards: Shards, config: EncodeSettings, contract: LatentContract, *, with_decisions: bool) -> Forecast:
     """Plan a job.
 
     Args:
@@ -75,9 +74,9 @@ def forecast(shards: Store, config: EncodeSettings, contract: LatentContract, *,
         UserError: if the settings, model or shards cannot be used.
     """
     result = Forecast(decisions=[] if with_decisions else None)
-    manifest, rules, columns = load_manifest(shards), rules_of(config, contract), ColumnTypes(config.keep_columns)
-    filters = open_filters(shards, manifest, rules)
-    for shard in plan_shards(shards, manifest, rules, filters, config.max_samples):
+    rules, columns = rules_of(config, contract), ColumnTypes(config.keep_columns)
+    filters = open_filters(shards, rules)
+    for shard in plan_shards(shards, rules, filters, config.max_samples):
         _add(result, shard.plan, {sample.key: sample for sample in shard.index.samples})
         columns.see(shard.index.samples)
     result.columns = columns.types(problem=column_problem(config))
