@@ -336,7 +336,7 @@ class PlanConfig(EncodeSettings, LaunchSettings):
     """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..., or some of its
     tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
     out: str | None = None
-    """Write every decision to this Parquet file."""
+    """Write every decision to this Parquet file: a path, or a URL in a bucket."""
 
     def __post_init__(self) -> None:
         EncodeSettings.__post_init__(self)

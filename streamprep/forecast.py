@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from streamprep.plan import ClipPlan, TextPlan, UnitPlan, explain, is_drop
 from streamprep.prepare import column_problem, open_filters, plan_shards, rules_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardSample
+from streamprep.storage import is_remote, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,6 +131,10 @@ def table(result: Forecast) -> pa.Table:
 def write_table(result: Forecast, path: str) -> None:
     """Write `table` as Parquet.
 
+    Args:
+        result: With its decisions.
+        path: Of a local file, or the URL of one in a bucket.
+
     Raises:
         UserError: if the file cannot be written.
     """
@@ -136,6 +142,12 @@ def write_table(result: Forecast, path: str) -> None:
 
     if not path.endswith(".parquet"):
         raise UserError(f"--out {path}: it is a Parquet file: call it *.parquet")
+    if is_remote(path):
+        sink = io.BytesIO()
+        pq.write_table(table(result), sink, compression="zstd")
+        folder, _, name = path.rpartition("/")
+        open_store(folder).put(name, sink.getvalue(), step="data")
+        return
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f"--out {path}: there is no such folder")
     try:
