@@ -124,7 +124,7 @@ def _success(records: Sequence[Record]) -> bytes:
 
 
 def _index(records: Sequence[Record]) -> bytes:
-    """``index.parquet``: for every row its key, file, row group and bucket, and where each tensor's bytes lie."""
+    """``index.parquet``: for every row its key, file (and its size), row group and bucket, and where each tensor lies."""
     rows: list[dict[str, Any]] = []
     for record in records:
         for file in record.files:
@@ -132,6 +132,7 @@ def _index(records: Sequence[Record]) -> bytes:
                 entry: dict[str, Any] = {
                     "key": row.key,
                     "file": file.name,
+                    "file_size": file.size_bytes,
                     "row_group": row.row_group,
                     "bucket": row.bucket,
                 }

@@ -1,0 +1,701 @@
+"""Finished latents -> training batches: `EncodedDataset`, the reader of what `streamprep encode` wrote.
+
+1. `row_index.py` reads where every tensor lies, once: columns of numbers, no objects.
+2. `epochs.py` makes the order of an epoch, batches of one bucket, from (seed, epoch, batch size) alone; ranks share them
+   out, and within a rank the ``DataLoader``'s workers do.
+3. `tensor_reads.py` brings a batch's bytes into its memory.
+4. What is drawn anew each epoch happens here: dropped captions, a sample of the VAE's posterior.
+
+A position is (epoch, batches consumed by all ranks), so training goes on anywhere: on other ranks, with other workers.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed
+import torch.utils.data
+from torch import Tensor
+
+from streamprep import canonical, contract_check, epochs, job, row_index
+from streamprep.epochs import Epoch, Part, Pool
+from streamprep.errors import UserError
+from streamprep.row_index import RAW, TEXT, RowIndex
+from streamprep.storage import Store, open_store
+from streamprep.tensor_reads import READ_AHEAD_BYTES, FetchedRow, Located, LocalRow, open_reader, read_rows
+
+STATE_FORMAT = "streamprep-reader/1"
+LATENT, LOGVAR = "vae_latent", "vae_logvar"
+_MAX_WORKERS = 1023
+_LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One output among several, and how much of it an epoch takes."""
+
+    url: str | os.PathLike[str]
+    repeats: float = 1
+    """How often an epoch goes through its rows; 0.5 takes half of them, others each epoch."""
+    weight: float | None = None
+    """Its share of an epoch, beside the other sources' weights; the epoch then ends when the first source has been gone
+    through ``repeats`` times. All sources have one, or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochSummary:
+    """What becomes of the rows in one epoch."""
+
+    epoch: int
+    num_rows: int
+    """That are drawn for it."""
+    num_batches: int
+    """That all ranks together get."""
+    dropped_rows: int
+    """That no rank gets, because they fill no batch or their batch does not go round."""
+    repeated_rows: int
+    """That come twice, to fill batches and to let them go round."""
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch}: {self.num_batches} batches of {self.num_rows} rows, "
+            f"{self.dropped_rows} dropped, {self.repeated_rows} repeated"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Position:
+    """Where a process is in a pass."""
+
+    epoch: int
+    consumed: int
+    """Batches that all ranks had consumed when the pass began."""
+    given: int
+    """Batches that this process has given out since."""
+
+
+class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
+    """Training batches from finished outputs of `streamprep encode`, folders or buckets.
+
+    Each batch is a dict, made of rows of one bucket:
+
+    - ``vae_latent`` (B, C, T, H, W), ``text_embedding`` (B, L, D) with zeros after each caption, ``text_attention_mask``
+      (B, L) bool, ``clip_feature`` (B, L, D), ``first_frame_latent`` (B, C, T, H, W): those that are stored;
+    - ``keys``, ``sources`` (number of each row's output): lists of B; ``bucket``; with ``caption_dropout``
+      ``text_dropped`` (B,) bool;
+    - ``epoch``, ``number`` (of the batch in the epoch) and ``state``: what to save when the trainer is done with it.
+
+    Batches come whole, so a loader is ``DataLoader(dataset, batch_size=None, num_workers=4)``. Each pass is the next
+    epoch; `set_epoch` chooses another. Resuming: ``dataset.load_state_dict(state)`` with the ``state`` of the last batch
+    that was trained on, on any number of ranks and workers. (`state_dict` of this object knows what it has given out
+    itself, not what a loader's workers have: there it refuses.)
+
+    All ranks get the same number of batches. With ``drop_last`` rows that fill no batch, and the last batches that do not
+    go round, are left out, other ones each epoch: each key comes at most once. Without it the first ones come again: at
+    least once.
+
+    Args:
+        sources: A URL or folder, or several, or `Source`s to say how much of each.
+        batch_size: Rows in a batch.
+        seed: Of the order, and of everything that is drawn.
+        rank: Of this process among those that take different batches (a group of sequence-parallel processes is one
+            rank); by default torch.distributed's, else that of torchrun's variables, else 0.
+        world_size: Of these ranks; likewise.
+        drop_last: See above.
+        tensors: Read only these; by default all that are stored.
+        dtype: Of all floating-point tensors; by default as they are stored.
+        text_padding: ``max_length``, the text encoder's, or ``longest`` caption of the batch.
+        caption_dropout: Share of rows whose caption is replaced by the empty one, drawn anew each epoch.
+        captions: ``all``: each caption of a clip is a row; ``one``: one is drawn for each clip and epoch.
+        posterior: ``mean`` or ``sample``: of outputs with ``--posterior moments``, which by default are sampled anew each
+            epoch, from (seed, epoch, key).
+        normalise: Whether ``vae_latent`` becomes ``(latent - latents_mean) / latents_std``, if it is stored raw.
+        contract: What the trainer needs of the latents; other ones are refused.
+        max_ahead_bytes: Most that is fetched ahead from a bucket, by each worker.
+        pin_memory: Make batches in pinned memory, if CUDA is there and this is no worker of a loader (give the loader
+            its own ``pin_memory=True`` then).
+
+    Raises:
+        UserError: if an output is not finished, or not what is asked for.
+    """
+
+    def __init__(
+        self,
+        sources: str | os.PathLike[str] | Source | Iterable[str | os.PathLike[str] | Source],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = True,
+        tensors: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        text_padding: Literal["max_length", "longest"] = "max_length",
+        caption_dropout: float = 0.0,
+        captions: Literal["all", "one"] = "all",
+        posterior: Literal["mean", "sample"] | None = None,
+        normalise: bool = False,
+        contract: Mapping[str, Any] | None = None,
+        max_ahead_bytes: int = READ_AHEAD_BYTES,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        self._sources = _sources(sources)
+        self.rank, self.world_size = _rank(rank, world_size)
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        _check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
+        self._dtype, self._text_padding, self._caption_dropout = dtype, text_padding, caption_dropout
+        self._normalise, self._pin_memory = normalise, pin_memory and torch.cuda.is_available()
+        self._max_ahead_bytes = max_ahead_bytes
+        self._stores: list[Store] | None = [open_store(source.url) for source in self._sources]
+        self._indexes = [row_index.load_row_index(store, tensors) for store in self._stores]
+        self.contracts = _checked_contracts(self._indexes, contract)
+        """Of each source."""
+        self._tensors = tuple(self._indexes[0].tensors)
+        self._sample = _samples(posterior, self._indexes)
+        self._stored_dtypes = _stored_dtypes(self._indexes, dtype)
+        self._empty_texts = [_empty_text(store) for store in self._stores] if caption_dropout else None
+        self._pool = _pool(self._indexes, self._sources, captions)
+        self._data_sha256 = _digest(self._indexes, self._sources, captions)
+        self._latest: tuple[tuple[int, int], Epoch] | None = None
+        epochs.check_at_least_one(
+            self._epoch(0),
+            world_size=self.world_size,
+            drop_last=drop_last,
+            batch_size=batch_size,
+            num_buckets=len(self.buckets),
+        )
+        self._warn_of_small_buckets()
+        self._shared = _Shared()
+        self._position: _Position | None = None
+        self._to_skip = 0
+
+    # --- what there is
+
+    @property
+    def num_rows(self) -> int:
+        """Of all sources."""
+        return len(self._pool.bucket)
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        """How many rows there are in each."""
+        names = _bucket_names(self._indexes)
+        counts = np.bincount(self._pool.bucket, minlength=len(names))
+        return dict(zip(names, counts.tolist(), strict=True))
+
+    @property
+    def epoch(self) -> int:
+        """That the next pass is, or goes on with."""
+        return self._shared.epoch
+
+    def __len__(self) -> int:
+        """Batches that the next pass (or the one at hand) gives to this rank."""
+        start = self._position or self._next_position()
+        return len(self._share(self._epoch(start.epoch), start.consumed))
+
+    def summary(self, epoch: int | None = None) -> EpochSummary:
+        """What becomes of the rows in an epoch, by default the next."""
+        number = self.epoch if epoch is None else epoch
+        made = self._epoch(number)
+        num_batches = self.world_size * len(self._share(made, 0))
+        spare = (len(made.batches) - num_batches) * self.batch_size
+        return EpochSummary(
+            epoch=number,
+            num_rows=made.num_drawn,
+            num_batches=num_batches,
+            dropped_rows=made.num_dropped + max(0, spare),
+            repeated_rows=made.num_repeated + max(0, -spare),
+        )
+
+    # --- where it is
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be this epoch; from its start, unless it is the one that a loaded state is in."""
+        if epoch != self.epoch or self._shared.begun:
+            self._go_to(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches stand that this object has given out.
+
+        Raises:
+            UserError: if the workers of a ``DataLoader`` gave them out: save the ``state`` of the last batch.
+        """
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            where = self._position or self._next_position()
+            state = self._state(where.epoch, where.consumed)
+            return state | {"worker": [worker.id, worker.num_workers, where.given]}
+        if self._shared.begun_by_workers:
+            raise UserError(
+                "the batches come from the workers of a DataLoader, which read ahead of the trainer: save batch['state'] of "
+                "the last batch that was trained on, or use torchdata's StatefulDataLoader"
+            )
+        if self._position is None:
+            where = self._next_position()
+            return self._state(where.epoch, where.consumed)
+        return self._state_after(self._position)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            UserError: if the state is of other data, or of another batch size or seed in the middle of an epoch.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise UserError(f"not a state of EncodedDataset ({STATE_FORMAT}): {state}")
+        skip = self._skip_of(state)
+        if state["consumed"] or skip:
+            ours = self._state(state["epoch"], state["consumed"])
+            if differing := [name for name in ours if ours[name] != state[name]]:
+                changes = ", ".join(f"{name} was {state[name]} and is {ours[name]}" for name in differing)
+                raise UserError(
+                    f"the state is {state['consumed']} batches into epoch {state['epoch']}, which is another order now: "
+                    f"{changes}. Finish the epoch as it was begun, or set_epoch({state['epoch'] + 1})"
+                )
+        self._go_to(state["epoch"], state["consumed"])
+        self._to_skip = skip
+
+    def _skip_of(self, state: Mapping[str, Any]) -> int:
+        """How many batches a worker has given out that torchdata lets go on."""
+        if "worker" not in state:
+            return 0
+        worker, (number, num_workers, given) = torch.utils.data.get_worker_info(), state["worker"]
+        if worker is None or (worker.id, worker.num_workers) != (number, num_workers):
+            raise UserError(
+                f"this is the state of worker {number} of {num_workers} of a StatefulDataLoader, which goes on only there; "
+                "to change their number save batch['state']"
+            )
+        return int(given)
+
+    def _go_to(self, epoch: int, consumed: int) -> None:
+        self._shared.go_to(epoch, consumed)
+        self._position, self._to_skip = None, 0
+
+    def _next_position(self) -> _Position:
+        return _Position(epoch=self._shared.epoch, consumed=self._shared.consumed, given=self._to_skip)
+
+    def _state(self, epoch: int, consumed: int) -> dict[str, Any]:
+        return {
+            "format": STATE_FORMAT,
+            "epoch": epoch,
+            "consumed": consumed,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "drop_last": self.drop_last,
+            "data_sha256": self._data_sha256,
+        }
+
+    def _state_after(self, where: _Position) -> dict[str, Any]:
+        """Of a process without workers."""
+        numbers = self._share(self._epoch(where.epoch), where.consumed)
+        if where.given >= len(numbers):
+            return self._state(where.epoch + 1, 0)
+        return self._state(where.epoch, where.consumed + where.given * self.world_size)
+
+    # --- reading
+
+    def __iter__(self) -> Iterator[Batch]:
+        # No generator: where the pass begins is looked at now, not when the first batch is asked for.
+        self._position = start = self._next_position()
+        self._to_skip = 0
+        return self._pass(start)
+
+    def _pass(self, start: _Position) -> Iterator[Batch]:
+        self._shared.begin()
+        epoch = self._epoch(start.epoch)
+        numbers = self._share(epoch, start.consumed)
+        last = numbers[-1] if numbers else None
+        if (worker := torch.utils.data.get_worker_info()) is not None:
+            numbers = epochs.of_worker(numbers, worker=worker.id, num_workers=worker.num_workers)
+        numbers = numbers[start.given :]
+        batches = [epoch.batches[number % len(epoch.batches)] for number in numbers]
+        readers = [open_reader(index, store) for index, store in zip(self._indexes, self._open_stores(), strict=True)]
+        located = ([self._locate(row) for row in batch] for batch in batches)
+        given = start.given
+        for number, batch, rows in zip(
+            numbers, batches, read_rows(readers, located, max_bytes=self._max_ahead_bytes), strict=True
+        ):
+            made = self._make(batch, rows, start.epoch)
+            made |= {"epoch": start.epoch, "number": number}
+            consumed = number - self.rank + self.world_size
+            made["state"] = self._state(start.epoch + 1, 0) if number == last else self._state(start.epoch, consumed)
+            given += 1
+            self._position = replace(start, given=given)
+            yield made
+
+    def _make(self, batch: epochs.Rows, rows: Iterator[LocalRow | FetchedRow], epoch: int) -> Batch:
+        located = [self._locate(row) for row in batch]
+        keys = [self._indexes[source].keys_of(np.array([row]))[0] for source, row in located]
+        dropped = [self._is_dropped(key, epoch) for key in keys]
+        tensors = self._allocate(located, dropped)
+        for number, ((source, row), stored) in enumerate(zip(located, rows, strict=True)):
+            for name, tensor in tensors.items():
+                if name == TEXT and dropped[number]:
+                    assert self._empty_texts is not None
+                    _put_text(self._empty_texts[source], tensor[number])
+                else:
+                    _read_tensor(self._indexes[source], row, stored, name, tensor[number])
+        made: Batch = dict(tensors)
+        if LATENT in made:
+            made[LATENT] = self._finish_latent(made, located, keys, epoch)
+        if TEXT in made:
+            made["text_attention_mask"] = self._mask(made[TEXT], located, dropped)
+        if self._caption_dropout:
+            made["text_dropped"] = torch.tensor(dropped)
+        source, row = located[0]
+        index = self._indexes[source]
+        made |= {"keys": keys, "sources": [source for source, _ in located]}
+        made["bucket"] = index.buckets[index.bucket[row]]
+        return made
+
+    def _allocate(self, located: Sequence[Located], dropped: Sequence[bool]) -> dict[str, Tensor]:
+        """A batch's memory, not filled yet."""
+        tensors = {}
+        source, row = located[0]
+        for name in self._tensors:
+            shape = [int(size) for size in self._indexes[source].tensors[name].shape[row]]
+            if name == TEXT:
+                shape[0] = self._text_length(located, dropped)
+            dtype = self._dtype or self._stored_dtypes[name]
+            if name in (LATENT, LOGVAR) and (self._sample or self._normalise):
+                dtype = torch.float32
+            if name != LOGVAR or self._sample:
+                tensors[name] = _empty((len(located), *shape), dtype, pinned=self._pin_memory)
+        return tensors
+
+    def _finish_latent(
+        self, made: Batch, located: Sequence[Located], keys: Sequence[str], epoch: int
+    ) -> Tensor:
+        latent: Tensor = made[LATENT]
+        if not self._sample and not self._normalise:
+            return latent
+        if self._sample:
+            deviation = made.pop(LOGVAR).clamp_(*_LOGVAR_RANGE).mul_(0.5).exp_()
+            for one, scale, key in zip(latent, deviation, keys, strict=True):
+                generator = torch.Generator().manual_seed(epochs.chance(self.seed, epoch, "posterior", key) % 2**63)
+                one.addcmul_(scale, torch.randn(one.shape, generator=generator))
+        if self._normalise:
+            for one, (source, _) in zip(latent, located, strict=True):
+                _normalise(one, self.contracts[source]["video"])
+        dtype = self._dtype or self._stored_dtypes[LATENT]
+        if dtype == latent.dtype:
+            return latent
+        return _empty(tuple(latent.shape), dtype, pinned=self._pin_memory).copy_(latent)
+
+    def _text_length(self, located: Sequence[Located], dropped: Sequence[bool]) -> int:
+        if self._text_padding == "max_length":
+            return self._max_text_length
+        return min(self._max_text_length, max(self._lengths(located, dropped)))
+
+    def _lengths(self, located: Sequence[Located], dropped: Sequence[bool]) -> list[int]:
+        lengths = []
+        for (source, row), without in zip(located, dropped, strict=True):
+            if without:
+                assert self._empty_texts is not None
+                lengths.append(len(self._empty_texts[source]))
+            else:
+                lengths.append(int(self._indexes[source].tensors[TEXT].shape[row, 0]))
+        return lengths
+
+    def _mask(self, text: Tensor, located: Sequence[Located], dropped: Sequence[bool]) -> Tensor:
+        lengths = torch.tensor(self._lengths(located, dropped))
+        return torch.arange(text.shape[1])[None, :] < lengths[:, None]
+
+    @property
+    def _max_text_length(self) -> int:
+        return int(self.contracts[0]["text"]["max_length"])
+
+    def _is_dropped(self, key: str, epoch: int) -> bool:
+        rate = self._caption_dropout
+        return rate > 0 and epochs.chance(self.seed, epoch, "caption", key) < rate * 2**64
+
+    def _locate(self, row: int) -> Located:
+        for number, part in enumerate(self._pool.parts):
+            if row < part.start + part.num_rows:
+                return number, int(row) - part.start
+        raise AssertionError(row)
+
+    # --- the order
+
+    def _epoch(self, number: int) -> Epoch:
+        """Made once for each pass; a tenth of a second for a million rows."""
+        key = (number, self.seed)
+        if self._latest is None or self._latest[0] != key:
+            made = epochs.make_epoch(
+                self._pool, seed=self.seed, epoch=number, batch_size=self.batch_size, drop_last=self.drop_last
+            )
+            self._latest = (key, made)
+        return self._latest[1]
+
+    def _share(self, epoch: Epoch, consumed: int) -> range:
+        return epochs.share(
+            len(epoch.batches),
+            consumed=consumed,
+            rank=self.rank,
+            world_size=self.world_size,
+            drop_last=self.drop_last,
+        )
+
+    def _warn_of_small_buckets(self) -> None:
+        small = {name: number for name, number in self.buckets.items() if number < self.batch_size}
+        if small and self.drop_last:
+            which = ", ".join(f"{name} ({number})" for name, number in small.items())
+            warnings.warn(
+                f"no batch of {self.batch_size} can be made of the rows in {which}: they are never seen; lower batch_size, or "
+                "say drop_last=False",
+                stacklevel=3,
+            )
+
+    # --- processes
+
+    def _open_stores(self) -> list[Store]:
+        if self._stores is None:
+            self._stores = [open_store(source.url) for source in self._sources]
+        return self._stores
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stores": None, "_latest": None}
+
+
+class _Shared:
+    """Which epoch is next, for this process and the workers it starts, those that live on from pass to pass included.
+
+    A few numbers in shared memory: where the next pass begins, and how many passes each process has begun since that was
+    set, so that each pass is the next epoch in all of them.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = torch.zeros(3 + _MAX_WORKERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def begun(self) -> int:
+        """Passes since the position was set."""
+        slot = self._slot()
+        return int(self._numbers[2:].max() if slot == 0 else self._numbers[2 + slot])
+
+    @property
+    def begun_by_workers(self) -> bool:
+        """Whether a loader's workers have begun any."""
+        return bool(self._numbers[3:].any())
+
+    @property
+    def epoch(self) -> int:
+        """Of the next pass."""
+        return int(self._numbers[0]) + self.begun
+
+    @property
+    def consumed(self) -> int:
+        """Batches of it that all ranks have consumed already."""
+        return 0 if self.begun else int(self._numbers[1])
+
+    def begin(self) -> None:
+        """A pass of this process begins."""
+        self._numbers[2 + self._slot()] += 1
+
+    def go_to(self, epoch: int, consumed: int) -> None:
+        """Let the next pass begin there. Of a loader's workers, which all go to the same place, each speaks for itself."""
+        self._numbers[0], self._numbers[1] = epoch, consumed
+        if self._slot():
+            self._numbers[2 + self._slot()] = 0
+        else:
+            self._numbers[2:] = 0
+
+    def _slot(self) -> int:
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
+            return 0
+        if worker.id >= _MAX_WORKERS:
+            raise UserError(f"num_workers must be at most {_MAX_WORKERS}, got {worker.num_workers}")
+        return worker.id + 1
+
+
+def _sources(given: Any) -> tuple[Source, ...]:
+    if isinstance(given, (str, os.PathLike, Source)):
+        given = [given]
+    sources = tuple(one if isinstance(one, Source) else Source(url=one) for one in given)
+    if not sources:
+        raise UserError("no source was given")
+    for source in sources:
+        if not source.repeats > 0 or (source.weight is not None and not source.weight > 0):
+            raise UserError(f"repeats and weight must be above 0, got {source}")
+    if len({source.weight is None for source in sources}) > 1:
+        raise UserError("give all sources a weight, or none: with weights they say the shares of an epoch")
+    return sources
+
+
+def _rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise UserError("give rank and world_size both, or neither")
+    if rank is None or world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank must be from 0 to {world_size - 1}, got {rank}")
+    return rank, world_size
+
+
+def _check_options(
+    batch_size: int,
+    dtype: torch.dtype | None,
+    text_padding: str,
+    caption_dropout: float,
+    captions: str,
+    posterior: str | None,
+) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise UserError(f"dtype must be one of floating point, got {dtype}")
+    if not 0 <= caption_dropout <= 1:
+        raise UserError(f"caption_dropout must be from 0 to 1, got {caption_dropout}")
+    for name, value, able in (
+        ("text_padding", text_padding, ("max_length", "longest")),
+        ("captions", captions, ("all", "one")),
+        ("posterior", posterior, ("mean", "sample", None)),
+    ):
+        if value not in able:
+            raise UserError(f"{name} must be one of {', '.join(map(repr, able))}, got {value!r}")
+
+
+def _checked_contracts(indexes: Sequence[RowIndex], expected: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The contract of each source, compared with the trainer's and the others', and with what is stored."""
+    for index in indexes:
+        if set(index.tensors) != set(indexes[0].tensors):
+            raise UserError(
+                f"{index.url} has {', '.join(index.tensors)} and {indexes[0].url} has {', '.join(indexes[0].tensors)}: "
+                "say tensors=(...), the ones to be read"
+            )
+        for problem in row_index.odd_shapes(index):
+            raise UserError(problem)
+    contracts = []
+    for index in indexes:
+        contract = index.contract
+        assert contract is not None
+        if expected is not None:
+            contract_check.check_expected(index.url, contract, expected)
+        contracts.append(contract)
+    contract_check.check_same(
+        [(index.url, contract) for index, contract in zip(indexes, contracts, strict=True)], indexes[0].tensors
+    )
+    return contracts
+
+
+def _samples(posterior: str | None, indexes: Sequence[RowIndex]) -> bool:
+    stored = LOGVAR in indexes[0].tensors
+    if posterior == "sample" and not stored:
+        raise UserError(
+            f"posterior='sample' needs {LOGVAR}, which {indexes[0].url} does not have: encode with --posterior moments"
+        )
+    return stored and posterior != "mean"
+
+
+def _stored_dtypes(indexes: Sequence[RowIndex], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """What batches are of where the user does not say."""
+    found: dict[str, torch.dtype] = {}
+    for name in indexes[0].tensors:
+        names = sorted({one for index in indexes for one in index.tensors[name].dtypes})
+        if len(names) > 1 and dtype is None:
+            raise UserError(f"{name} is stored as {' and '.join(names)}: say dtype=, which one batches should have")
+        found[name] = getattr(torch, names[0])
+    return found
+
+
+def _empty_text(store: Store) -> Tensor:
+    """The embedding of the empty caption, (L, D)."""
+    fingerprint = job.open_job(store).plan.fingerprint
+    name = f"{job.FOLDER}/uncond-{canonical.digest(fingerprint['text'])[:8]}.safetensors"
+    try:
+        return safetensors.torch.load(store.read(name))[TEXT]
+    except FileNotFoundError:
+        raise UserError(f"caption_dropout needs the embedding of the empty caption, {store.url}/{name}") from None
+
+
+def _pool(indexes: Sequence[RowIndex], sources: Sequence[Source], captions: str) -> Pool:
+    clips = [index.clips() if captions == "one" else None for index in indexes]
+    sizes = [
+        index.num_rows if clip is None else int(clip.max()) + 1 for index, clip in zip(indexes, clips, strict=True)
+    ]
+    weights = [source.weight for source in sources if source.weight is not None]
+    draws = epochs.count_draws(sizes, repeats=[source.repeats for source in sources], weights=weights or None)
+    names = {name: number for number, name in enumerate(_bucket_names(indexes))}
+    buckets, parts, start = [], [], 0
+    for index, clip, num_drawn in zip(indexes, clips, draws, strict=True):
+        numbers = np.array([names[name] for name in index.buckets], dtype=np.int32)
+        buckets.append(numbers[index.bucket])
+        parts.append(Part(start=start, num_rows=index.num_rows, clip=clip, num_drawn=num_drawn))
+        start += index.num_rows
+    return Pool(bucket=np.concatenate(buckets), parts=tuple(parts))
+
+
+def _bucket_names(indexes: Sequence[RowIndex]) -> list[str]:
+    return sorted({name for index in indexes for name in index.buckets})
+
+
+def _digest(indexes: Sequence[RowIndex], sources: Sequence[Source], captions: str) -> str:
+    """Of what the order follows from, beside the seed, the epoch and the batch size; not of where the data lie."""
+    parts = [[index.sha256, source.repeats, source.weight] for index, source in zip(indexes, sources, strict=True)]
+    return canonical.digest([parts, captions])
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """Memory for a tensor; in a worker of a loader the kind that it hands over without a copy."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    size = dtype.itemsize * int(np.prod(shape))
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+
+
+def _read_tensor(index: RowIndex, row: int, stored: LocalRow | FetchedRow, name: str, target: Tensor) -> None:
+    """Read one row's tensor; of a text what fits, and zeros after it."""
+    columns = index.tensors[name]
+    shape = tuple(int(size) for size in columns.shape[row])
+    dtype: torch.dtype = getattr(torch, columns.dtypes[columns.dtype[row]])
+    codec = columns.codecs[columns.codec[row]]
+    if codec != RAW:
+        _put_text(_decoded(stored.read(name), dtype, shape, codec), target)
+        return
+    length = min(shape[0], target.shape[0])
+    if dtype == target.dtype:
+        stored.read_into(name, _bytes_of(target[:length]))
+    else:
+        whole = torch.empty((length, *shape[1:]), dtype=dtype)
+        stored.read_into(name, _bytes_of(whole))
+        target[:length] = whole
+    target[length:] = 0
+
+
+def _put_text(text: Tensor, target: Tensor) -> None:
+    length = min(text.shape[0], target.shape[0])
+    target[:length] = text[:length]
+    target[length:] = 0
+
+
+def _decoded(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> Tensor:
+    from streamprep import tensor_members  # type: ignore[attr-defined]
+
+    name = str(dtype).removeprefix("torch.")
+    return torch.as_tensor(tensor_members.decode_bytes(data, dtype=name, shape=shape, codec=codec))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _normalise(latent: Tensor, video: Mapping[str, Any]) -> None:
+    if video["space"] != "raw":
+        return
+    mean, std = (torch.tensor(video[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+    latent.sub_(mean).div_(std)

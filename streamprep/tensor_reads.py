@@ -1,0 +1,324 @@
+"""The stored bytes of rows, into the memory of a batch.
+
+From a folder, where the system has them: straight into the batch's memory, no copy between. From a bucket: many rows are
+fetched at once, ahead of the batch that is being made, in requests that hold all of a row's tensors that lie close
+together (`streamprep.ahead`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from streamprep.ahead import fetch_ahead
+from streamprep.row_index import RowIndex
+from streamprep.storage import Store
+
+READ_AHEAD_BYTES = 256 * 2**20
+"""Most that is under way from a bucket or waits for its batch."""
+_REQUESTS_AT_ONCE = 12
+_GAP_BYTES = 256 * 2**10
+_OPEN_FILES = 16
+
+
+class DamagedFile(OSError):
+    """A data file is not the one that the index describes: missing, cut off, or another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Some bytes."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class StoredRow(Protocol):
+    """One row's tensors."""
+
+    def read_into(self, name: str, target: memoryview) -> None:
+        """Fill memory with the first bytes of a tensor."""
+
+    def read(self, name: str) -> bytes | memoryview:
+        """All bytes of a tensor, as they are stored."""
+
+
+class RowReader(Protocol):
+    """Reads rows of one output."""
+
+    def rows(self, rows: Iterable[int]) -> Iterator[StoredRow]:
+        """Each row, in order; to be read before the next is asked for."""
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """These will be read soon."""
+
+
+def open_reader(index: RowIndex, store: Store) -> LocalReader | FetchingReader:
+    """What suits the store."""
+    folder = store.local_path()
+    return FetchingReader(index, store) if folder is None else LocalReader(index, folder)
+
+
+def places_of(index: RowIndex, row: int) -> dict[str, Place]:
+    """Where a row's tensors are."""
+    path = index.files[index.file[row]]
+    return {
+        name: Place(path, int(tensor.offset[row]), int(tensor.size[row])) for name, tensor in index.tensors.items()
+    }
+
+
+class LocalReader:
+    """Rows of a folder."""
+
+    def __init__(self, index: RowIndex, folder: Path) -> None:
+        self._index, self._files = index, _OpenFiles(index, folder)
+
+    def row(self, row: int) -> LocalRow:
+        """One row; nothing is read yet."""
+        return LocalRow(self._files, places_of(self._index, row))
+
+    def expect(self, rows: Iterable[int]) -> None:
+        """Ask the system to read them ahead."""
+        for row in rows:
+            for place in places_of(self._index, row).values():
+                self._files.advise(place)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRow:
+    """One row of a folder."""
+
+    files: _OpenFiles
+    places: Mapping[str, Place]
+
+    def read_into(self, name: str, target: memoryview) -> None:
+        """Fill memory with the first bytes of a tensor."""
+        place = self.places[name]
+        self.files.read_into(place, target[: place.size])
+
+    def read(self, name: str) -> bytearray:
+        """All bytes of a tensor, as they are stored."""
+        data = bytearray(self.places[name].size)
+        self.files.read_into(self.places[name], memoryview(data))
+        return data
+
+
+class _OpenFiles:
+    """A few files, those used last, opened when they are first needed and compared with the index then."""
+
+    def __init__(self, index: RowIndex, folder: Path) -> None:
+        self._folder, self._url = folder, index.url
+        self._sizes = dict(zip(index.files, index.file_sizes, strict=True))
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read_into(self, place: Place, target: memoryview) -> None:
+        handle, offset = self._handle(place.path), place.offset
+        while len(target):
+            number = os.preadv(handle, [target], offset)
+            if not number:
+                raise _cut_off(self._url, place, os.fstat(handle).st_size)
+            target, offset = target[number:], offset + number
+
+    def advise(self, place: Place) -> None:
+        os.posix_fadvise(self._handle(place.path), place.offset, place.size, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _handle(self, path: str) -> int:
+        handle = self._open.get(path)
+        if handle is None:
+            handle = self._open_checked(path)
+            while len(self._open) >= _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = handle
+        self._open.move_to_end(path)
+        return handle
+
+    def _open_checked(self, path: str) -> int:
+        try:
+            handle = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _missing(self._url, path) from None
+        try:
+            _check_size(self._url, path, os.fstat(handle).st_size, self._sizes[path])
+        except DamagedFile:
+            os.close(handle)
+            raise
+        return handle
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedRow:
+    """One row of a bucket, in memory."""
+
+    blobs: Mapping[str, memoryview]
+
+    def read_into(self, name: str, target: memoryview) -> None:
+        """Fill memory with the first bytes of a tensor."""
+        blob = self.blobs[name]
+        target = target[: len(blob)]
+        target[:] = blob[: len(target)]
+
+    def read(self, name: str) -> memoryview:
+        """All bytes of a tensor, as they are stored."""
+        return self.blobs[name]
+
+
+class FetchingReader:
+    """Rows of a bucket. Its methods may be called by several threads."""
+
+    def __init__(self, index: RowIndex, store: Store) -> None:
+        self._index, self._store = index, store
+        self._sizes = dict(zip(index.files, index.file_sizes, strict=True))
+        self._lock = threading.Lock()
+        self._checked: set[str] = set()
+
+    def size_bytes(self, row: int) -> int:
+        """Of all that is fetched for a row."""
+        return sum(place.size for place, _ in self._requests(row))
+
+    def row(self, row: int) -> FetchedRow:
+        """Fetch one row."""
+        blobs = {}
+        for place, names in self._requests(row):
+            data = memoryview(self._fetch(place))
+            for name, inner in names.items():
+                start = inner.offset - place.offset
+                blobs[name] = data[start : start + inner.size]
+        return FetchedRow(blobs)
+
+    def _requests(self, row: int) -> list[tuple[Place, dict[str, Place]]]:
+        """Stretches of the row's file, and the tensors that lie in each."""
+        found: list[tuple[Place, dict[str, Place]]] = []
+        for name, place in sorted(places_of(self._index, row).items(), key=lambda item: item[1].offset):
+            if found and place.offset <= found[-1][0].offset + found[-1][0].size + _GAP_BYTES:
+                before, names = found.pop()
+                end = max(before.offset + before.size, place.offset + place.size)
+                found.append((Place(place.path, before.offset, end - before.offset), {**names, name: place}))
+            else:
+                found.append((place, {name: place}))
+        return found
+
+    def _fetch(self, place: Place) -> bytes:
+        try:
+            self._check(place.path)
+            return self._store.read_range(place.path, place.offset, place.size)
+        except FileNotFoundError:
+            raise _missing(self._index.url, place.path) from None
+        except EOFError:
+            raise _cut_off(self._index.url, place, self._store.size_bytes(place.path)) from None
+
+    def _check(self, path: str) -> None:
+        expected = self._sizes[path]
+        with self._lock:
+            if expected is None or path in self._checked:
+                return
+        _check_size(self._index.url, path, self._store.size_bytes(path), expected)
+        with self._lock:
+            self._checked.add(path)
+
+
+Reader = LocalReader | FetchingReader
+Located = tuple[int, int]
+"""(number of the dataset, row in it)."""
+
+
+def read_rows(
+    readers: Sequence[Reader], batches: Iterable[Sequence[Located]], *, max_bytes: int = READ_AHEAD_BYTES
+) -> Iterator[Iterator[LocalRow | FetchedRow]]:
+    """For each batch an iterator over its rows, all of which must be taken before the next batch is asked for.
+
+    Args:
+        readers: Of each dataset.
+        batches: The rows of each batch.
+        max_bytes: Most that is fetched ahead from buckets.
+    """
+    if all(isinstance(reader, LocalReader) for reader in readers):
+        yield from _read_locally(readers, batches)
+        return
+    sizes: list[int] = []
+
+    def jobs() -> Iterator[Located]:
+        for batch in batches:
+            sizes.append(len(batch))
+            yield from batch
+
+    fetched = fetch_ahead(
+        jobs(),
+        lambda one: readers[one[0]].row(one[1]),
+        size_bytes=lambda one: _fetched_bytes(readers[one[0]], one[1]),
+        max_bytes=max_bytes,
+        num_threads=_REQUESTS_AT_ONCE,
+    )
+    with closing(fetched):
+        for _, first in fetched:
+            yield _first_and_more(first, fetched, sizes.pop(0) - 1)
+
+
+def _first_and_more(
+    first: LocalRow | FetchedRow, fetched: Iterator[tuple[Located, LocalRow | FetchedRow]], number: int
+) -> Iterator[LocalRow | FetchedRow]:
+    yield first
+    for _ in range(number):
+        yield next(fetched)[1]
+
+
+def _fetched_bytes(reader: Reader, row: int) -> int:
+    return reader.size_bytes(row) if isinstance(reader, FetchingReader) else 0
+
+
+def _read_locally(readers: Sequence[Reader], batches: Iterable[Sequence[Located]]) -> Iterator[Iterator[LocalRow]]:
+    """While one batch is read, the system gets the next one from the disk."""
+    waiting: Sequence[Located] | None = None
+    for batch in batches:
+        for source, row in batch:
+            reader = readers[source]
+            assert isinstance(reader, LocalReader)
+            reader.expect([row])
+        if waiting is not None:
+            yield _rows(readers, waiting)
+        waiting = batch
+    if waiting is not None:
+        yield _rows(readers, waiting)
+
+
+def _rows(readers: Sequence[Reader], batch: Sequence[Located]) -> Iterator[LocalRow]:
+    for source, row in batch:
+        reader = readers[source]
+        assert isinstance(reader, LocalReader)
+        yield reader.row(row)
+
+
+def _missing(url: str, path: str) -> DamagedFile:
+    return DamagedFile(f"{url}/{path} is missing, though the index names it: copy the output again, or encode it again")
+
+
+def _cut_off(url: str, place: Place, found: int) -> DamagedFile:
+    return DamagedFile(
+        f"{url}/{place.path} has {found} bytes, but a tensor lies at {place.offset} to {place.offset + place.size}: it is "
+        "cut off; `streamprep verify` finds all such files"
+    )
+
+
+def _check_size(url: str, path: str, found: int, expected: int | None) -> None:
+    if expected is not None and found != expected:
+        raise DamagedFile(
+            f"{url}/{path} has {found} bytes and had {expected} when it was written: it is cut off or another file; "
+            "`streamprep verify` finds all such files"
+        )
