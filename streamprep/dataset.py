@@ -1,8 +1,8 @@
 """Finished latents -> training batches: `EncodedDataset`, the reader of what `streamprep encode` wrote.
 
 1. `row_index.py` reads where every tensor lies, once: columns of numbers, no objects.
-2. `epochs.py` makes the order of an epoch, batches of one bucket, from (seed, epoch, batch size) alone; ranks share them
-   out, and within a rank the ``DataLoader``'s workers do.
+2. `epochs.py` makes the order of an epoch, batches of one bucket, from (seed, epoch, batch size) alone; ranks share
+   them out, and within a rank the ``DataLoader``'s workers do.
 3. `tensor_reads.py` brings a batch's bytes into its memory.
 4. What is drawn anew each epoch happens here: dropped captions, a sample of the VAE's posterior.
 
@@ -29,7 +29,7 @@ from streamprep.epochs import Epoch, Part, Pool
 from streamprep.errors import UserError
 from streamprep.row_index import RAW, TEXT, RowIndex
 from streamprep.storage import Store, open_store
-from streamprep.tensor_reads import READ_AHEAD_BYTES, FetchedRow, Located, LocalRow, open_reader, read_rows
+from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, Row, open_reader, read_rows
 
 STATE_FORMAT = "streamprep-reader/1"
 LATENT, LOGVAR = "vae_latent", "vae_logvar"
@@ -88,20 +88,21 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
 
     Each batch is a dict, made of rows of one bucket:
 
-    - ``vae_latent`` (B, C, T, H, W), ``text_embedding`` (B, L, D) with zeros after each caption, ``text_attention_mask``
-      (B, L) bool, ``clip_feature`` (B, L, D), ``first_frame_latent`` (B, C, T, H, W): those that are stored;
+    - ``vae_latent`` (B, C, T, H, W), ``text_embedding`` (B, L, D) with zeros after each caption,
+      ``text_attention_mask`` (B, L) bool, ``clip_feature`` (B, L, D), ``first_frame_latent`` (B, C, T, H, W): those
+      that are stored;
     - ``keys``, ``sources`` (number of each row's output): lists of B; ``bucket``; with ``caption_dropout``
       ``text_dropped`` (B,) bool;
     - ``epoch``, ``number`` (of the batch in the epoch) and ``state``: what to save when the trainer is done with it.
 
     Batches come whole, so a loader is ``DataLoader(dataset, batch_size=None, num_workers=4)``. Each pass is the next
-    epoch; `set_epoch` chooses another. Resuming: ``dataset.load_state_dict(state)`` with the ``state`` of the last batch
-    that was trained on, on any number of ranks and workers. (`state_dict` of this object knows what it has given out
-    itself, not what a loader's workers have: there it refuses.)
+    epoch; `set_epoch` chooses another. Resuming: ``dataset.load_state_dict(state)`` with the ``state`` of the last
+    batch that was trained on, on any number of ranks and workers. (`state_dict` of this object knows what it has given
+    out itself, not what a loader's workers have: there it refuses.)
 
-    All ranks get the same number of batches. With ``drop_last`` rows that fill no batch, and the last batches that do not
-    go round, are left out, other ones each epoch: each key comes at most once. Without it the first ones come again: at
-    least once.
+    All ranks get the same number of batches. With ``drop_last`` rows that fill no batch, and the last batches that do
+    not go round, are left out, other ones each epoch: each key comes at most once. Without it the first ones come
+    again: at least once.
 
     Args:
         sources: A URL or folder, or several, or `Source`s to say how much of each.
@@ -116,8 +117,8 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         text_padding: ``max_length``, the text encoder's, or ``longest`` caption of the batch.
         caption_dropout: Share of rows whose caption is replaced by the empty one, drawn anew each epoch.
         captions: ``all``: each caption of a clip is a row; ``one``: one is drawn for each clip and epoch.
-        posterior: ``mean`` or ``sample``: of outputs with ``--posterior moments``, which by default are sampled anew each
-            epoch, from (seed, epoch, key).
+        posterior: ``mean`` or ``sample``: of outputs with ``--posterior moments``, which by default are sampled anew
+            each epoch, from (seed, epoch, key).
         normalise: Whether ``vae_latent`` becomes ``(latent - latents_mean) / latents_std``, if it is stored raw.
         contract: What the trainer needs of the latents; other ones are refused.
         max_ahead_bytes: Most that is fetched ahead from a bucket, by each worker.
@@ -199,9 +200,13 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         return self._shared.epoch
 
     def __len__(self) -> int:
-        """Batches that the next pass (or the one at hand) gives to this rank."""
-        start = self._position or self._next_position()
-        return len(self._share(self._epoch(start.epoch), start.consumed))
+        """Batches that a whole pass, the one at hand or else the next, gives to this rank.
+
+        What is left of a resumed one is less: torch warns of passes that are longer than their loader's length, not of
+        shorter ones.
+        """
+        where = self._position or self._next_position()
+        return len(self._share(self._epoch(where.epoch), 0))
 
     def summary(self, epoch: int | None = None) -> EpochSummary:
         """What becomes of the rows in an epoch, by default the next."""
@@ -237,8 +242,8 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
             return state | {"worker": [worker.id, worker.num_workers, where.given]}
         if self._shared.begun_by_workers:
             raise UserError(
-                "the batches come from the workers of a DataLoader, which read ahead of the trainer: save batch['state'] of "
-                "the last batch that was trained on, or use torchdata's StatefulDataLoader"
+                "the batches come from the workers of a DataLoader, which read ahead of the trainer: save "
+                "batch['state'] of the last batch that was trained on, or use torchdata's StatefulDataLoader"
             )
         if self._position is None:
             where = self._next_position()
@@ -259,7 +264,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
             if differing := [name for name in ours if ours[name] != state[name]]:
                 changes = ", ".join(f"{name} was {state[name]} and is {ours[name]}" for name in differing)
                 raise UserError(
-                    f"the state is {state['consumed']} batches into epoch {state['epoch']}, which is another order now: "
+                    f"the state is {state['consumed']} batches into epoch {state['epoch']}, whose order changed: "
                     f"{changes}. Finish the epoch as it was begun, or set_epoch({state['epoch'] + 1})"
                 )
         self._go_to(state["epoch"], state["consumed"])
@@ -272,8 +277,8 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         worker, (number, num_workers, given) = torch.utils.data.get_worker_info(), state["worker"]
         if worker is None or (worker.id, worker.num_workers) != (number, num_workers):
             raise UserError(
-                f"this is the state of worker {number} of {num_workers} of a StatefulDataLoader, which goes on only there; "
-                "to change their number save batch['state']"
+                f"this is the state of worker {number} of {num_workers} of a StatefulDataLoader, which goes on only "
+                "there; to change their number save batch['state']"
             )
         return int(given)
 
@@ -318,23 +323,19 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         if (worker := torch.utils.data.get_worker_info()) is not None:
             numbers = epochs.of_worker(numbers, worker=worker.id, num_workers=worker.num_workers)
         numbers = numbers[start.given :]
-        batches = [epoch.batches[number % len(epoch.batches)] for number in numbers]
         readers = [open_reader(index, store) for index, store in zip(self._indexes, self._open_stores(), strict=True)]
+        batches = (epoch.batches[number % len(epoch.batches)] for number in numbers)
         located = ([self._locate(row) for row in batch] for batch in batches)
-        given = start.given
-        for number, batch, rows in zip(
-            numbers, batches, read_rows(readers, located, max_bytes=self._max_ahead_bytes), strict=True
-        ):
+        read = read_rows(readers, located, max_bytes=self._max_ahead_bytes)
+        for given, (number, (batch, rows)) in enumerate(zip(numbers, read, strict=True), start.given + 1):
             made = self._make(batch, rows, start.epoch)
             made |= {"epoch": start.epoch, "number": number}
             consumed = number - self.rank + self.world_size
             made["state"] = self._state(start.epoch + 1, 0) if number == last else self._state(start.epoch, consumed)
-            given += 1
             self._position = replace(start, given=given)
             yield made
 
-    def _make(self, batch: epochs.Rows, rows: Iterator[LocalRow | FetchedRow], epoch: int) -> Batch:
-        located = [self._locate(row) for row in batch]
+    def _make(self, located: Sequence[Located], rows: Iterator[Row], epoch: int) -> Batch:
         keys = [self._indexes[source].keys_of(np.array([row]))[0] for source, row in located]
         dropped = [self._is_dropped(key, epoch) for key in keys]
         tensors = self._allocate(located, dropped)
@@ -373,9 +374,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
                 tensors[name] = _empty((len(located), *shape), dtype, pinned=self._pin_memory)
         return tensors
 
-    def _finish_latent(
-        self, made: Batch, located: Sequence[Located], keys: Sequence[str], epoch: int
-    ) -> Tensor:
+    def _finish_latent(self, made: Batch, located: Sequence[Located], keys: Sequence[str], epoch: int) -> Tensor:
         latent: Tensor = made[LATENT]
         if not self._sample and not self._normalise:
             return latent
@@ -451,8 +450,8 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         if small and self.drop_last:
             which = ", ".join(f"{name} ({number})" for name, number in small.items())
             warnings.warn(
-                f"no batch of {self.batch_size} can be made of the rows in {which}: they are never seen; lower batch_size, or "
-                "say drop_last=False",
+                f"no batch of {self.batch_size} can be made of the rows in {which}: they are never seen; lower "
+                "batch_size, or say drop_last=False",
                 stacklevel=3,
             )
 
@@ -470,12 +469,12 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
 class _Shared:
     """Which epoch is next, for this process and the workers it starts, those that live on from pass to pass included.
 
-    A few numbers in shared memory: where the next pass begins, and how many passes each process has begun since that was
-    set, so that each pass is the next epoch in all of them.
+    A few numbers in shared memory: where the next pass begins, and how many passes each process has begun since that
+    was set, so that each pass is the next epoch in all of them.
     """
 
     def __init__(self) -> None:
-        self._numbers = torch.zeros(3 + _MAX_WORKERS, dtype=torch.int64).share_memory_()
+        self._numbers = torch.zeros(3 + _MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     @property
     def begun(self) -> int:
@@ -503,7 +502,7 @@ class _Shared:
         self._numbers[2 + self._slot()] += 1
 
     def go_to(self, epoch: int, consumed: int) -> None:
-        """Let the next pass begin there. Of a loader's workers, which all go to the same place, each speaks for itself."""
+        """Let the next pass begin there; of a loader's workers, which all go to one place, each counts for itself."""
         self._numbers[0], self._numbers[1] = epoch, consumed
         if self._slot():
             self._numbers[2 + self._slot()] = 0
@@ -617,7 +616,8 @@ def _empty_text(store: Store) -> Tensor:
     fingerprint = job.open_job(store).plan.fingerprint
     name = f"{job.FOLDER}/uncond-{canonical.digest(fingerprint['text'])[:8]}.safetensors"
     try:
-        return safetensors.torch.load(store.read(name))[TEXT]
+        loaded: dict[str, Tensor] = safetensors.torch.load(store.read(name))
+        return loaded[TEXT]
     except FileNotFoundError:
         raise UserError(f"caption_dropout needs the embedding of the empty caption, {store.url}/{name}") from None
 
@@ -654,11 +654,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tenso
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(shape, dtype=dtype, pin_memory=pinned)
     size = dtype.itemsize * int(np.prod(shape))
-    storage = torch.UntypedStorage._new_shared(size)
+    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
-def _read_tensor(index: RowIndex, row: int, stored: LocalRow | FetchedRow, name: str, target: Tensor) -> None:
+def _read_tensor(index: RowIndex, row: int, stored: Row, name: str, target: Tensor) -> None:
     """Read one row's tensor; of a text what fits, and zeros after it."""
     columns = index.tensors[name]
     shape = tuple(int(size) for size in columns.shape[row])
@@ -683,7 +683,7 @@ def _put_text(text: Tensor, target: Tensor) -> None:
     target[length:] = 0
 
 
-def _decoded(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> Tensor:
+def _decoded(data: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> Tensor:
     from streamprep import tensor_members  # type: ignore[attr-defined]
 
     name = str(dtype).removeprefix("torch.")
@@ -691,7 +691,7 @@ def _decoded(data: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _normalise(latent: Tensor, video: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The order of an epoch: batches of one bucket each, which follow from (seed, epoch, batch size) and nothing else.
 
-Ranks and workers only share them out: rank r of W takes those numbered consumed + r, consumed + r + W, ... So an epoch that
-was left off after ``consumed`` batches goes on anywhere, on another number of ranks and workers.
+Ranks and workers only share them out: rank r of W takes those numbered consumed + r, consumed + r + W, ... So an epoch
+that was left off after ``consumed`` batches goes on anywhere, on another number of ranks and workers.
 
 Shuffling sorts by the raw numbers of PCG64, a stream that numpy promises never to change; its ``permutation`` has no
 such promise, and a new numpy must not break the resuming of an old run.
@@ -65,7 +65,7 @@ def count_draws(sizes: Sequence[int], *, repeats: Sequence[float], weights: Sequ
     Args:
         sizes: Rows (or clips) of each.
         repeats: How often an epoch goes through each; a fraction draws a part, another one each epoch.
-        weights: Their shares of an epoch, which then ends when the first has been gone through so often; None takes all.
+        weights: Their shares of an epoch, which ends when the first has been gone through so often; None takes all.
     """
     most = [size * repeat for size, repeat in zip(sizes, repeats, strict=True)]
     if weights is None:
@@ -140,8 +140,8 @@ def check_at_least_one(epoch: Epoch, *, world_size: int, drop_last: bool, batch_
     if share(len(epoch.batches), consumed=0, rank=0, world_size=world_size, drop_last=drop_last):
         return
     raise UserError(
-        f"{epoch.num_drawn} rows in {num_buckets} buckets give {len(epoch.batches)} whole batches of {batch_size}, fewer "
-        f"than the {world_size} ranks: lower batch_size, or say drop_last=False"
+        f"{epoch.num_drawn} rows in {num_buckets} buckets give {len(epoch.batches)} whole batches of {batch_size}, "
+        f"fewer than the {world_size} ranks: lower batch_size, or say drop_last=False"
     )
 
 

@@ -124,7 +124,7 @@ def _success(records: Sequence[Record]) -> bytes:
 
 
 def _index(records: Sequence[Record]) -> bytes:
-    """``index.parquet``: for every row its key, file (and its size), row group and bucket, and where each tensor lies."""
+    """``index.parquet``: for every row its key, file (and size), row group and bucket, and where its tensors lie."""
     rows: list[dict[str, Any]] = []
     for record in records:
         for file in record.files:

@@ -199,8 +199,8 @@ def odd_shapes(index: RowIndex) -> Iterator[str]:
         expected = fixed[of_bucket[index.bucket]]
         odd = np.flatnonzero((fixed != expected).any(axis=1))
         if len(odd):
-            row = int(odd[0])
+            row, bucket = int(odd[0]), index.bucket[odd[0]]
             yield (
-                f"{index.url}: {index.keys_of(np.array([row]))[0]} has a {name} of shape {tensor.shape[row].tolist()}, "
-                f"others of its bucket {index.buckets[index.bucket[row]]} are {tensor.shape[of_bucket[index.bucket[row]]].tolist()}"
+                f"{index.url}: {index.keys_of(odd[:1])[0]} has a {name} of shape {tensor.shape[row].tolist()}, others "
+                f"of its bucket {index.buckets[bucket]} have {tensor.shape[of_bucket[bucket]].tolist()}"
             )

@@ -1,20 +1,20 @@
 """The stored bytes of rows, into the memory of a batch.
 
-From a folder, where the system has them: straight into the batch's memory, no copy between. From a bucket: many rows are
-fetched at once, ahead of the batch that is being made, in requests that hold all of a row's tensors that lie close
-together (`streamprep.ahead`).
+From a folder: straight into the batch's memory, without a copy in between, while the system gets the next batch from
+the disk. From a bucket: many rows at once, ahead of the batch that is being made, in requests that hold all tensors of
+a row that lie close together (`streamprep.ahead`).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from streamprep.ahead import fetch_ahead
 from streamprep.row_index import RowIndex
@@ -25,6 +25,7 @@ READ_AHEAD_BYTES = 256 * 2**20
 _REQUESTS_AT_ONCE = 12
 _GAP_BYTES = 256 * 2**10
 _OPEN_FILES = 16
+_MOST_ROWS_AHEAD = 256
 
 
 class DamagedFile(OSError):
@@ -40,26 +41,6 @@ class Place:
     size: int
 
 
-class StoredRow(Protocol):
-    """One row's tensors."""
-
-    def read_into(self, name: str, target: memoryview) -> None:
-        """Fill memory with the first bytes of a tensor."""
-
-    def read(self, name: str) -> bytes | memoryview:
-        """All bytes of a tensor, as they are stored."""
-
-
-class RowReader(Protocol):
-    """Reads rows of one output."""
-
-    def rows(self, rows: Iterable[int]) -> Iterator[StoredRow]:
-        """Each row, in order; to be read before the next is asked for."""
-
-    def expect(self, rows: Sequence[int]) -> None:
-        """These will be read soon."""
-
-
 def open_reader(index: RowIndex, store: Store) -> LocalReader | FetchingReader:
     """What suits the store."""
     folder = store.local_path()
@@ -69,9 +50,7 @@ def open_reader(index: RowIndex, store: Store) -> LocalReader | FetchingReader:
 def places_of(index: RowIndex, row: int) -> dict[str, Place]:
     """Where a row's tensors are."""
     path = index.files[index.file[row]]
-    return {
-        name: Place(path, int(tensor.offset[row]), int(tensor.size[row])) for name, tensor in index.tensors.items()
-    }
+    return {name: Place(path, int(tensor.offset[row]), int(tensor.size[row])) for name, tensor in index.tensors.items()}
 
 
 class LocalReader:
@@ -84,15 +63,14 @@ class LocalReader:
         """One row; nothing is read yet."""
         return LocalRow(self._files, places_of(self._index, row))
 
-    def expect(self, rows: Iterable[int]) -> None:
-        """Ask the system to read them ahead."""
-        for row in rows:
-            for place in places_of(self._index, row).values():
-                self._files.advise(place)
+    def expect(self, row: int) -> None:
+        """Ask the system to read it ahead."""
+        for place in places_of(self._index, row).values():
+            self._files.advise(place)
 
-    def close(self) -> None:
-        """Close the files."""
-        self._files.close()
+    def fetched_bytes(self, row: int) -> int:
+        """None: what is read goes to where it is wanted."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +167,7 @@ class FetchingReader:
         self._lock = threading.Lock()
         self._checked: set[str] = set()
 
-    def size_bytes(self, row: int) -> int:
+    def fetched_bytes(self, row: int) -> int:
         """Of all that is fetched for a row."""
         return sum(place.size for place, _ in self._requests(row))
 
@@ -235,74 +213,64 @@ class FetchingReader:
 
 
 Reader = LocalReader | FetchingReader
+Row = LocalRow | FetchedRow
 Located = tuple[int, int]
 """(number of the dataset, row in it)."""
+BatchOfRows = Sequence[Located]
 
 
 def read_rows(
-    readers: Sequence[Reader], batches: Iterable[Sequence[Located]], *, max_bytes: int = READ_AHEAD_BYTES
-) -> Iterator[Iterator[LocalRow | FetchedRow]]:
-    """For each batch an iterator over its rows, all of which must be taken before the next batch is asked for.
+    readers: Sequence[Reader], batches: Iterable[BatchOfRows], *, max_bytes: int
+) -> Iterator[tuple[BatchOfRows, Iterator[Row]]]:
+    """Each batch with its rows, all of which must be taken before the next batch is asked for.
 
     Args:
         readers: Of each dataset.
-        batches: The rows of each batch.
+        batches: The rows of each batch; some are taken ahead.
         max_bytes: Most that is fetched ahead from buckets.
     """
-    if all(isinstance(reader, LocalReader) for reader in readers):
-        yield from _read_locally(readers, batches)
-        return
-    sizes: list[int] = []
+    local = [reader for reader in readers if isinstance(reader, LocalReader)]
+    return _read(local, batches) if len(local) == len(readers) else _fetch(readers, batches, max_bytes)
+
+
+def _read(
+    readers: Sequence[LocalReader], batches: Iterable[BatchOfRows]
+) -> Iterator[tuple[BatchOfRows, Iterator[Row]]]:
+    """While one batch is read, the system gets the next one from the disk."""
+    waiting: BatchOfRows | None = None
+    for batch in batches:
+        for source, row in batch:
+            readers[source].expect(row)
+        if waiting is not None:
+            yield waiting, (readers[source].row(row) for source, row in waiting)
+        waiting = batch
+    if waiting is not None:
+        yield waiting, (readers[source].row(row) for source, row in waiting)
+
+
+def _fetch(
+    readers: Sequence[Reader], batches: Iterable[BatchOfRows], max_bytes: int
+) -> Iterator[tuple[BatchOfRows, Iterator[Row]]]:
+    taken: deque[BatchOfRows] = deque()  # by the thread that asks for jobs, before any of its rows comes
 
     def jobs() -> Iterator[Located]:
         for batch in batches:
-            sizes.append(len(batch))
+            taken.append(batch)
             yield from batch
 
     fetched = fetch_ahead(
         jobs(),
         lambda one: readers[one[0]].row(one[1]),
-        size_bytes=lambda one: _fetched_bytes(readers[one[0]], one[1]),
+        size_bytes=lambda one: readers[one[0]].fetched_bytes(one[1]),
         max_bytes=max_bytes,
         num_threads=_REQUESTS_AT_ONCE,
+        max_jobs=_MOST_ROWS_AHEAD,
     )
     with closing(fetched):
-        for _, first in fetched:
-            yield _first_and_more(first, fetched, sizes.pop(0) - 1)
-
-
-def _first_and_more(
-    first: LocalRow | FetchedRow, fetched: Iterator[tuple[Located, LocalRow | FetchedRow]], number: int
-) -> Iterator[LocalRow | FetchedRow]:
-    yield first
-    for _ in range(number):
-        yield next(fetched)[1]
-
-
-def _fetched_bytes(reader: Reader, row: int) -> int:
-    return reader.size_bytes(row) if isinstance(reader, FetchingReader) else 0
-
-
-def _read_locally(readers: Sequence[Reader], batches: Iterable[Sequence[Located]]) -> Iterator[Iterator[LocalRow]]:
-    """While one batch is read, the system gets the next one from the disk."""
-    waiting: Sequence[Located] | None = None
-    for batch in batches:
-        for source, row in batch:
-            reader = readers[source]
-            assert isinstance(reader, LocalReader)
-            reader.expect([row])
-        if waiting is not None:
-            yield _rows(readers, waiting)
-        waiting = batch
-    if waiting is not None:
-        yield _rows(readers, waiting)
-
-
-def _rows(readers: Sequence[Reader], batch: Sequence[Located]) -> Iterator[LocalRow]:
-    for source, row in batch:
-        reader = readers[source]
-        assert isinstance(reader, LocalReader)
-        yield reader.row(row)
+        rows = (row for _, row in fetched)
+        for first in rows:
+            batch = taken.popleft()
+            yield batch, itertools.chain([first], itertools.islice(rows, len(batch) - 1))
 
 
 def _missing(url: str, path: str) -> DamagedFile:
@@ -311,8 +279,8 @@ def _missing(url: str, path: str) -> DamagedFile:
 
 def _cut_off(url: str, place: Place, found: int) -> DamagedFile:
     return DamagedFile(
-        f"{url}/{place.path} has {found} bytes, but a tensor lies at {place.offset} to {place.offset + place.size}: it is "
-        "cut off; `streamprep verify` finds all such files"
+        f"{url}/{place.path} has {found} bytes, but a tensor lies at {place.offset} to {place.offset + place.size}: it "
+        "is cut off; `streamprep verify` finds all such files"
     )
 
 
