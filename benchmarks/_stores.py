@@ -127,7 +127,7 @@ def upload(client: Any, path: Path, key: str) -> None:
 
 
 def connect(url: str) -> Any:
-    """obstore as it comes, with the environment's settings."""
+    """An S3 client as obstore makes it, with the environment's settings."""
     from obstore.store import from_url
 
     return from_url(url, client_options={"allow_http": True})

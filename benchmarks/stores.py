@@ -2,20 +2,20 @@
 
 Against SeaweedFS, which is started on free ports and works on the same cores. The raw client is obstore by itself.
 
-  pack          a local dataset into shards in a bucket, against obstore uploading the finished tars by as many processes
-                in the same parts
+  pack          a local dataset into shards in a bucket, against obstore uploading the finished tars by as many
+                processes in the same parts
   pack-bucket   a dataset in a bucket into shards in a bucket; obstore also downloads the videos
-  read          what encoding reads, with nothing decoded (`streamprep.stream.decode_units`, with a decoder that decodes
-                nothing), against obstore reading the same members over 1 and over N connections
-  encode        `streamprep encode` from a bucket to a bucket with an encoder that costs nothing, videos of many bytes and
-                one small frame; MB/s from its first batch until the last byte is read
-  latency       the last two behind a proxy that holds every request back for 50 ms
+  read          the videos that encoding reads. "streamprep, reading" is `streamprep.stream.decode_units` with a decoder
+                that decodes nothing; "streamprep encode" the whole job from bucket to bucket, with an encoder that
+                costs nothing and one small frame of each video, from its first batch until the last byte is read.
+                Against obstore reading the same members over N connections
+  latency       the same behind a proxy that holds every request back for 50 ms
   first-clip    from opening the store to the first decoded clip: folder, bucket, bucket with latency
   memory        of the encoding process and its children (PSS), with a store much faster than the encoder, and with one
                 much slower
 
-Goals: pack, read and encode at least 0.8 of the raw client's MB/s; memory with the fast store at most what may be read
-ahead above that with the slow one.
+Goals: packing, reading and encoding at least 0.8 of the raw client's MB/s; memory with the fast store at most what may
+be read ahead above that with the slow one.
 
 Example: python benchmarks/stores.py
          python benchmarks/stores.py --parts read latency --connections 16
@@ -132,10 +132,12 @@ class Bench:
 
     @property
     def shards(self) -> Path:
+        """Packed here, the bytes that all methods move."""
         return self.work / "shards"
 
     @property
     def packing(self) -> dict[str, int]:
+        """How."""
         return {"shard_mb": self.args.shard_mb, "num_workers": self.args.num_workers}
 
     def job(self, do: str, server: Server | None = None, **what: Any) -> Numbers:
@@ -148,6 +150,7 @@ class Bench:
         return numbers
 
     def start(self, do: str, server: Server | None = None, **what: Any) -> subprocess.Popen[str]:
+        """The same, and do not wait for it."""
         return subprocess.Popen(
             [sys.executable, __file__, "--job", json.dumps({"do": do, **what})],
             env=environment_of(server or self.server) | {"TMPDIR": str(self.work)},
