@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     from servers import Server
 
     from streamprep.decoder import Decoded, DecodeTask
+    from streamprep.manifest import Shards
     from streamprep.plan import SamplingRules, UnitPlan
     from streamprep.shards import ShardIndex
-    from streamprep.storage import Store
 
 LATENCY_SECONDS = 0.05
 SLOW_BYTES_PER_SECOND = 40e6
@@ -94,13 +94,15 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
-    made = parser(__doc__, rounds=3, num_videos=160, video_mb=4.0, shard_mb=64, connections=8, seconds_per_clip=0.1)
+    made = parser(__doc__, rounds=3, num_videos=160, video_mb=4.0, shard_mb=64, connections=12, seconds_per_clip=0.1)
     made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     made.add_argument("--num-videos", type=int, help="default: 160")
     made.add_argument("--video-mb", type=float, help="size of a video, in MB (default: 4)")
     made.add_argument("--shard-mb", type=int, help="size of a shard, in MiB (default: 64)")
     made.add_argument("--num-workers", type=int, default=cores, help="packing processes (default: one for each core)")
-    made.add_argument("--connections", type=int, help="of the raw client when it reads (default: 8)")
+    made.add_argument(
+        "--connections", type=int, help="of the raw client when it reads (default: 12, as many as streamprep)"
+    )
     made.add_argument("--seconds-per-clip", type=float, help="of the slow encoder, for `memory` (default: 0.1)")
     made.add_argument("--smoke", action="store_true", help="whether it works: moto, a few MB, numbers without meaning")
     made.add_argument("--job", help=argparse.SUPPRESS)
@@ -308,7 +310,7 @@ def first_clip(bench: Bench) -> list[str]:
         "ms until the indexes are read",
         "ms to the first clip",
         "s, ClipStream with its process",
-        "requests",
+        "requests until then",
     ]
     return [markdown(head, rows)]
 
@@ -361,13 +363,15 @@ def _peak(process: subprocess.Popen[str]) -> Numbers:
 
 
 def _most_read_ahead() -> int:
-    """What `DecodePool` documents."""
+    """What reading and `DecodePool` document, one behind the other."""
     import inspect
+
+    from streamprep.read import READ_AHEAD_BYTES
 
     from streamprep.decode_pool import DecodePool
 
     most: int = inspect.signature(DecodePool).parameters["max_ahead_bytes"].default
-    return most
+    return READ_AHEAD_BYTES + most
 
 
 # --- jobs: what runs in a process of its own; imports are not timed
@@ -416,12 +420,12 @@ def _job_raw_read(packed: str, url: str, connections: int) -> Numbers:
 
 
 def _job_read(shards: str) -> Numbers:
-    from streamprep.storage import open_store
+    from streamprep.manifest import open_shards
     from streamprep.stream import decode_units
 
     def run() -> int:
-        store, decoder = open_store(shards), NoDecoder()
-        for _ in decode_units(store, _units(store), decoder):
+        opened, decoder = open_shards(shards), NoDecoder()
+        for _ in decode_units(opened.store, _units(opened), decoder):
             pass
         return decoder.size_bytes
 
@@ -432,6 +436,7 @@ def _job_encode(shards: str, out: str, seconds_per_clip: float) -> Numbers:
     """The whole job; bytes count from the first batch on: before, decoding processes load torch."""
     from streamprep.config import EncodeConfig
     from streamprep.encode import run
+    from streamprep.manifest import open_shards
     from streamprep.settle import settle
     from streamprep.storage import open_store
 
@@ -446,11 +451,11 @@ def _job_encode(shards: str, out: str, seconds_per_clip: float) -> Numbers:
         encode_threads=1,
     )
     encoder = StandIn(seconds_per_clip, num_frames=FRAMES, text_shape=(8, 64))
-    store, target = open_store(shards), open_store(out)
+    opened, target = open_shards(shards), open_store(out)
     cpu_before = cpu_seconds()
-    with Watch(store.stats) as watch:
+    with Watch(opened.store.stats) as watch:
         began = time.perf_counter()
-        run(settle(config, target), store, target, encoder)
+        run(settle(config, target), opened, target, encoder)
         ended = time.perf_counter()
     assert encoder.first_batch is not None
     rate = watch.rate_from(encoder.first_batch)
@@ -479,21 +484,20 @@ def _job_first_clip(shards: str) -> Numbers:
 
 def _to_the_first_clip(shards: str) -> Numbers:
     from streamprep.decoder import InlineDecoder
-    from streamprep.storage import open_store
+    from streamprep.manifest import open_shards
     from streamprep.stream import decode_units
 
     began = time.perf_counter()
-    store = open_store(shards)
-    units = _units(store)
-    first = next(units)
-    opened = time.perf_counter()
-    clips = decode_units(store, iter([first]), InlineDecoder())
+    opened = open_shards(shards)
+    first = next(_units(opened))
+    planned = time.perf_counter()
+    before = opened.store.stats.requests.total()
+    clips = decode_units(opened.store, iter([first]), InlineDecoder())
     _, _, decoded = next(clips)
     ended = time.perf_counter()
     assert decoded.frames is not None, decoded.bad
-    requests = store.stats.requests.total()
     clips.close()  # type: ignore[attr-defined]
-    return {"opening_seconds": opened - began, "seconds": ended - began, "requests": requests}
+    return {"opening_seconds": planned - began, "seconds": ended - began, "requests": before}
 
 
 class NoDecoder:
@@ -529,20 +533,19 @@ class NoDecoder:
         self.close()
 
 
-def _units(store: Store) -> Iterator[UnitPlan]:
-    from streamprep.manifest import load_index, load_manifest
+def _units(shards: Shards) -> Iterator[UnitPlan]:
+    from streamprep.manifest import load_index
     from streamprep.plan import plan_unit
 
-    for number, shard in enumerate(load_manifest(store).shards):
-        yield plan_unit(f"{number:06d}", load_index(store, shard), _rules())
+    for number, shard in enumerate(shards.manifest.shards):
+        yield plan_unit(f"{number:06d}", load_index(shards.store, shard), _rules())
 
 
 def _indexes(packed: str) -> list[ShardIndex]:
-    from streamprep.manifest import load_index, load_manifest
-    from streamprep.storage import open_store
+    from streamprep.manifest import load_index, open_shards
 
-    store = open_store(packed)
-    return [load_index(store, shard) for shard in load_manifest(store).shards]
+    shards = open_shards(packed)
+    return [load_index(shards.store, shard) for shard in shards.manifest.shards]
 
 
 def _rules() -> SamplingRules:
