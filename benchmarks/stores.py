@@ -24,6 +24,7 @@ Example: python benchmarks/stores.py
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,7 @@ class Bench:
             for name, run in methods.items():
                 os.sync()  # what earlier runs left to be written must not be written now
                 numbers = run()
-                shown = ", ".join(f"{what} {value:.4g}" for what, value in numbers.items() if value is not None)
+                shown = ", ".join(f"{what} {n:.4g}" for what, n in numbers.items() if isinstance(n, int | float))
                 say(f"{part}, {f'round {number + 1}' if number >= 0 else 'warm-up'}: {name}: {shown}")
                 if number >= 0:
                     found[name].append(numbers)
@@ -265,6 +266,7 @@ def _read_part(bench: Bench, part: str, server: Server) -> list[str]:
     return [
         markdown(["method", "MB/s", "CPU s", "MB/s / raw"], rows),
         "",
+        f"- streamprep encode, last round, {found['streamprep encode'][-1]['stages']}",
         *(
             goal(f"{part}: {name}, MB/s / raw", rates[name], at_least=0.8)
             for name in ("streamprep, reading", "streamprep encode")
@@ -453,7 +455,7 @@ def _job_encode(shards: str, out: str, seconds_per_clip: float) -> Numbers:
     encoder = StandIn(seconds_per_clip, num_frames=FRAMES, text_shape=(8, 64))
     opened, target = open_shards(shards), open_store(out)
     cpu_before = cpu_seconds()
-    with Watch(opened.store.stats) as watch:
+    with Watch(opened.store.stats) as watch, redirect_stderr(io.StringIO()) as log:
         began = time.perf_counter()
         run(settle(config, target), opened, target, encoder)
         ended = time.perf_counter()
@@ -465,6 +467,7 @@ def _job_encode(shards: str, out: str, seconds_per_clip: float) -> Numbers:
         "first_batch_seconds": encoder.first_batch - began,
         "cpu_seconds": cpu_seconds() - cpu_before,
         "num_clips": encoder.num_clips,
+        "stages": next(line for line in log.getvalue().splitlines() if line.startswith("busy:")),
     }
 
 
