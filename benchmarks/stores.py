@@ -130,8 +130,8 @@ class Bench:
         self.size_bytes = make_dataset(
             self.work / "dataset", num_videos=self.args.num_videos, size_bytes=(size_bytes, size_bytes), seconds=1.0
         )
-        self.job("pack", dataset=str(self.work / "dataset"), shards=str(self.shards), **self.packing)
         (self.work / "spool").mkdir()
+        self.job("pack", dataset=str(self.work / "dataset"), shards=str(self.shards), **self.packing)
 
     @property
     def shards(self) -> Path:
@@ -139,9 +139,15 @@ class Bench:
         return self.work / "shards"
 
     @property
-    def packing(self) -> dict[str, int]:
+    def packing(self) -> dict[str, Any]:
         """How."""
-        return {"shard_mb": self.args.shard_mb, "num_workers": self.args.num_workers}
+        workers: int = self.args.num_workers
+        return {"shard_mb": self.args.shard_mb, "num_workers": workers, "spool_dir": self.spool}
+
+    @property
+    def spool(self) -> str:
+        """On the disk that is measured."""
+        return str(self.work / "spool")
 
     def job(self, do: str, server: Server | None = None, **what: Any) -> Numbers:
         """One of `JOBS`, in a process of its own that knows the server."""
@@ -156,7 +162,7 @@ class Bench:
         """The same, and do not wait for it."""
         return subprocess.Popen(
             [sys.executable, __file__, "--job", json.dumps({"do": do, **what})],
-            env=environment_of(server or self.server) | {"TMPDIR": str(self.work)},
+            env=environment_of(server or self.server),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -242,7 +248,8 @@ def _read_part(bench: Bench, part: str, server: Server) -> list[str]:
 
         def encode() -> Numbers:
             with bucket(bench.server) as out:
-                return bench.job("encode", server, shards=url, out=out, seconds_per_clip=0.0)
+                what = {"shards": url, "out": out, "spool_dir": bench.spool, "seconds_per_clip": 0.0}
+                return bench.job("encode", server, **what)
 
         found = bench.rounds(
             part,
@@ -329,7 +336,7 @@ def memory(bench: Bench) -> list[str]:
 
         def peak(server: Server, seconds_per_clip: float) -> Numbers:
             with bucket(bench.server) as out:
-                what = {"shards": url, "out": out, "seconds_per_clip": seconds_per_clip}
+                what = {"shards": url, "out": out, "spool_dir": bench.spool, "seconds_per_clip": seconds_per_clip}
                 return _peak(bench.start("encode", server, **what))
 
         found = bench.rounds(
@@ -379,11 +386,13 @@ def _most_read_ahead() -> int:
 # --- jobs: what runs in a process of its own; imports are not timed
 
 
-def _job_pack(dataset: str, shards: str, shard_mb: int, num_workers: int) -> Numbers:
+def _job_pack(dataset: str, shards: str, shard_mb: int, num_workers: int, spool_dir: str) -> Numbers:
     from streamprep.config import PackConfig
     from streamprep.pack import pack
 
-    config = PackConfig(dataset=dataset, shards=shards, shard_size_mb=shard_mb, num_workers=num_workers)
+    config = PackConfig(
+        dataset=dataset, shards=shards, shard_size_mb=shard_mb, num_workers=num_workers, spool_dir=spool_dir
+    )
     return _timed(lambda: pack(config).size_bytes)
 
 
@@ -434,7 +443,7 @@ def _job_read(shards: str) -> Numbers:
     return _timed(run)
 
 
-def _job_encode(shards: str, out: str, seconds_per_clip: float) -> Numbers:
+def _job_encode(shards: str, out: str, seconds_per_clip: float, spool_dir: str) -> Numbers:
     """The whole job; bytes count from the first batch on: before, decoding processes load torch."""
     from streamprep.config import EncodeConfig
     from streamprep.encode import run
@@ -445,6 +454,7 @@ def _job_encode(shards: str, out: str, seconds_per_clip: float) -> Numbers:
     config = EncodeConfig(
         shards=shards,
         out=out,
+        spool_dir=spool_dir,
         model_path="a stand-in",
         num_frames=FRAMES,
         max_height=HEIGHT,
@@ -453,7 +463,7 @@ def _job_encode(shards: str, out: str, seconds_per_clip: float) -> Numbers:
         encode_threads=1,
     )
     encoder = StandIn(seconds_per_clip, num_frames=FRAMES, text_shape=(8, 64))
-    opened, target = open_shards(shards), open_store(out)
+    opened, target = open_shards(shards), open_store(out, spool_dir=spool_dir)
     cpu_before = cpu_seconds()
     with Watch(opened.store.stats) as watch, redirect_stderr(io.StringIO()) as log:
         began = time.perf_counter()
