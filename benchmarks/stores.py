@@ -383,9 +383,8 @@ def _most_read_ahead() -> int:
     """What reading and `DecodePool` document, one behind the other."""
     import inspect
 
-    from streamprep.read import READ_AHEAD_BYTES
-
     from streamprep.decode_pool import DecodePool
+    from streamprep.read import READ_AHEAD_BYTES
 
     most: int = inspect.signature(DecodePool).parameters["max_ahead_bytes"].default
     return READ_AHEAD_BYTES + most

@@ -42,6 +42,7 @@ from streamprep.plan import SamplingRules
 from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size, too_large
 from streamprep.ranks import Rank, this_rank
+from streamprep.read import READ_AHEAD_BYTES
 from streamprep.selfcheck import check_encoder
 from streamprep.session import Session, end, open_session
 from streamprep.settle import describe_model, options_of, settle
@@ -114,7 +115,7 @@ def encode_again(
             current.store.remove_unpublished()
             committer = _committer(current, config, session, max_bad_fraction=None)
             with committer:
-                _encode_units(units, name, rules, filters, committer, session, config, shards.store, machinery)
+                _encode_units(units, name, rules, filters, committer, session, config, shards, machinery)
 
 
 def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, board: Board | None = None) -> Totals:
@@ -158,9 +159,7 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
             with _committer(current, config, session, max_bad_fraction=config.max_bad_fraction) as committer:
                 if machinery is not None:
                     all_units = [unit for unit in plan.units if unit.num_clips]
-                    _encode_units(
-                        all_units, "encode", rules, filters, committer, session, config, shards.store, machinery
-                    )
+                    _encode_units(all_units, "encode", rules, filters, committer, session, config, shards, machinery)
                 for unit in units:
                     if not unit.num_clips and not current.is_done(unit.id):
                         committer.commit(replan(shards.store, unit, rules, filters))
@@ -193,7 +192,7 @@ def _encode_units(
     committer: Committer,
     session: Session,
     config: EncodeConfig,
-    shards: Store,
+    shards: Shards,
     machinery: Machinery,
 ) -> None:
     """Take units until all are settled, and encode and commit them."""
@@ -201,18 +200,18 @@ def _encode_units(
     current = committer.job
     _write_unconditional(current, config, encoder)
     left = set(current.not_done(unit.id for unit in units))
-    claims = session.claims(name, units, current, ahead=_clips_ahead(config))
+    claims = session.claims(name, units, current, ahead=_clips_ahead(config, shards))
     with session.working(claims, pipeline) as fleet, sigterm_asks(claims.stop, seconds=config.grace_seconds) as stop:
         fleet.begin(sum(unit.num_clips for unit in units if unit.id not in left))
         by_id = {unit.id: unit for unit in units}
-        plans = (replan(shards, by_id[unit], rules, filters) for unit in claims)
+        plans = (replan(shards.store, by_id[unit], rules, filters) for unit in claims)
         buffers = FrameBuffers(pin=config.device != "cpu")
         cache = open_cache(config.cache_dir, config.cache_gb)
         if encoder.contract.video is None:
             batches = batches_of_texts(plans)
         else:
             batch_size = config.preprocess_video_batch_size
-            collated = collate(shards, plans, decoder, filters, buffers, batch_size=batch_size, cache=cache)
+            collated = collate(shards.store, plans, decoder, filters, buffers, batch_size=batch_size, cache=cache)
             batches = pipeline.stage("collate", collated, max_items=1)
         encoded = encode_batches(batches, encoder, buffers, config, current.plan.columns)
         for batch in pipeline.stage("encode", encoded, max_items=2):
@@ -225,15 +224,23 @@ def _encode_units(
                 session.obey_others(current)
         stop.obey()
         of_cache = describe_cache(cache) if cache else ()
-        report = "\n".join((_stage_report(machinery, claims), *of_cache, *describe_traffic(shards, current.store)))
+        report = "\n".join(
+            (_stage_report(machinery, claims), *of_cache, *describe_traffic(shards.store, current.store))
+        )
         session.log.event("idle", report=report)
         session.progress.message(report)
     stop.obey()
 
 
-def _clips_ahead(config: EncodeConfig) -> int:
-    """What must lie ready so that neither the decoding processes nor the encoder ever wait for a unit to be claimed."""
-    return _num_decoders(config) + 2 * config.preprocess_video_batch_size
+def _clips_ahead(config: EncodeConfig, shards: Shards) -> int:
+    """What must lie ready so that neither the decoding processes nor the encoder ever wait for a unit to be claimed.
+
+    From a bucket, as much as is read ahead: else small shards would be waited for, one after the other.
+    """
+    in_work = _num_decoders(config) + 2 * config.preprocess_video_batch_size
+    if shards.store.local_path() is not None:
+        return in_work
+    return max(in_work, READ_AHEAD_BYTES * shards.manifest.num_samples // max(1, shards.manifest.size_bytes))
 
 
 def _committer(current: Job, config: EncodeConfig, session: Session, *, max_bad_fraction: float | None) -> Committer:
