@@ -28,10 +28,10 @@ import obstore
 import obstore.exceptions
 
 from streamprep.crashpoints import crash_point
-from streamprep.errors import UserError
-from streamprep.storage.interface import FileEntry, Store, StoreError, StoreStats, parts_of
+from streamprep.errors import UserError, first_line
+from streamprep.storage.interface import FileEntry, FileReplaced, Store, StoreError, StoreStats, parts_of
 from streamprep.storage.local import LocalFile, LocalStore
-from streamprep.storage.places import Place, check_not_forked, connect
+from streamprep.storage.places import Place, check_not_forked, connect, without_secrets
 from streamprep.storage.ranged import RangedFile
 from streamprep.storage.troubles import ERRORS, understand
 
@@ -102,17 +102,19 @@ class ObjectStore:
         self.stats.count("get", bytes_read=len(data))
         return data
 
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
+    def read_range(self, path: str, offset: int, size: int, *, version: str | None = None) -> bytes:
         """Exactly ``size`` bytes from ``offset``; `EOFError` if the object is shorter."""
         if not size:
-            self.size_bytes(path)  # FileNotFoundError
+            found = self._head(path)  # FileNotFoundError
+            if version is not None and _entity_tag(found["e_tag"]) != _entity_tag(version):
+                raise _replaced(self._url(path))
             return b""
         starts = range(offset, offset + size, _PIECE_BYTES)
         pieces = [(start, min(_PIECE_BYTES, offset + size - start)) for start in starts]
         if len(pieces) == 1:
-            data = self._piece(path, offset, size)
+            data = self._piece(path, offset, size, version)
         else:
-            data = b"".join(self._reading().map(lambda piece: self._piece(path, *piece), pieces))
+            data = b"".join(self._reading().map(lambda piece: self._piece(path, piece[0], piece[1], version), pieces))
         if len(data) < size:
             raise EOFError(f"{path} has {self.size_bytes(path)} bytes, {offset + size} were expected")
         return data
@@ -120,7 +122,7 @@ class ObjectStore:
     def _piece(self, path: str, offset: int, size: int, version: str | None = None) -> bytes:
         """At most ``size`` bytes of an object that must still be of this version, if one is given."""
         key = self._key(path)
-        wanted: Any = {"range": (offset, offset + size), **({"if_match": version} if version else {})}
+        wanted: Any = {"range": (offset, offset + size), **({"if_match": _entity_tag(version)} if version else {})}
         try:
             with self._request(path) as client:
                 data = bytes(obstore.get(client, key, options=wanted).bytes())
@@ -158,12 +160,21 @@ class ObjectStore:
         self.stats.count("list", number=1 + len(found) // _LIST_PAGE)
         self._bucket_seen = True
         start = f"{folder}/{prefix}" if folder else prefix
-        entries = [
-            FileEntry(str(one["path"]), int(one["size"]), str(one["e_tag"] or one["last_modified"]))
-            for one in found
-            if str(one["path"]).startswith(start)
-        ]
+        entries = [_entry(one) for one in found if str(one["path"]).startswith(start)]
         yield from sorted(entries, key=lambda entry: entry.path)
+
+    def walk(self, folder: str = "") -> Iterator[FileEntry]:
+        """All objects below a prefix, as they are listed."""
+        start = f"{self._key(folder)}/" if folder else ""
+        pages = obstore.list(self._connected(), start or None, chunk_size=_LIST_PAGE)  # asks nothing yet
+        while True:
+            with self._request(folder):
+                page: Any = next(pages, ())
+            self.stats.count("list")
+            self._bucket_seen = True
+            yield from (_entry(one) for one in page if one["path"] and str(one["path"]).startswith(start))
+            if len(page) < _LIST_PAGE:
+                return
 
     def free_bytes(self) -> int | None:
         """None: a bucket is never full."""
@@ -348,7 +359,12 @@ class ObjectStore:
             self._check_bucket()
             raise FileNotFoundError(ENOENT, "there is no such object", url) from None
         if isinstance(error, obstore.exceptions.PreconditionError):
-            raise StoreError(url, "it was replaced while it was read") from None
+            raise _replaced(url) from None
+        if isinstance(error, obstore.exceptions.InvalidPathError):
+            raise UserError(
+                f"{url}: an object there has a name that cannot be a path, with an empty part ('a//b'), '.', '..' or a "
+                f"control character: rename it ({without_secrets(first_line(error))!r})"
+            ) from None
         trouble = understand(error, self.place)
         if trouble.kind == "too short":
             raise _TooShort from None
@@ -442,6 +458,10 @@ class WebStore(ObjectStore):
 
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """No web server lists its files in a way that all others do."""
+        return self.walk(folder)
+
+    def walk(self, folder: str = "") -> NoReturn:
+        """Refused."""
         raise UserError(
             f"{self._url(folder)}: a web server lists no files and takes none, so it can only be what `encode` reads: "
             "write to a local folder or a bucket"
@@ -484,6 +504,19 @@ class _Refused(StoreError):
 
 class _Unsupported(StoreError):
     """The store does not know such a request."""
+
+
+def _entry(found: Any) -> FileEntry:
+    return FileEntry(str(found["path"]), int(found["size"]), str(found["e_tag"] or found["last_modified"]))
+
+
+def _entity_tag(version: str) -> str:
+    """As requests have it; Azure's listings leave out the quotes."""
+    return version if version.endswith('"') else f'"{version}"'
+
+
+def _replaced(url: str) -> FileReplaced:
+    return FileReplaced(url, "it was replaced while it was read")
 
 
 def _size(source: bytes | Path) -> int:
