@@ -16,13 +16,13 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from errno import ENOENT, ENOSPC
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
 
 import obstore
 import obstore.exceptions
@@ -37,6 +37,8 @@ from streamprep.storage.troubles import ERRORS, understand
 
 if TYPE_CHECKING:
     from streamprep.storage.places import Client
+
+T = TypeVar("T")
 
 _PIECE_BYTES = 16 * 2**20
 """Larger reads are several requests side by side: each is soon done, within the time that one may take."""
@@ -155,8 +157,7 @@ class ObjectStore:
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """The objects directly below a prefix whose names begin so, sorted."""
         key = self._key(folder) if folder else None
-        with self._request(folder) as client:
-            found = obstore.list_with_delimiter(client, key)["objects"]
+        found = self._unless_cut_off(folder, lambda client: obstore.list_with_delimiter(client, key)["objects"])
         self.stats.count("list", number=1 + len(found) // _LIST_PAGE)
         self._bucket_seen = True
         start = f"{folder}/{prefix}" if folder else prefix
@@ -166,13 +167,30 @@ class ObjectStore:
     def walk(self, folder: str = "") -> Iterator[FileEntry]:
         """All objects below a prefix, as they are listed."""
         start = f"{self._key(folder)}/" if folder else ""
+        seen, attempt = set[str](), 0
+        pages = self._pages(start)
+        while True:
+            try:
+                page = next(pages, None)
+            except _CutOff:
+                if (attempt := attempt + 1) == _ATTEMPTS:
+                    raise
+                pages = self._pages(start)  # not from the last name on: not all stores list by name
+                continue
+            if page is None:
+                return
+            new = [_entry(one) for one in page if str(one["path"]) not in seen]
+            seen.update(entry.path for entry in new)
+            yield from (entry for entry in new if entry.path and entry.path.startswith(start))
+
+    def _pages(self, start: str) -> Iterator[Any]:
         pages = obstore.list(self._connected(), start or None, chunk_size=_LIST_PAGE)  # asks nothing yet
         while True:
-            with self._request(folder):
+            with self._request(start.rstrip("/")):
                 page: Any = next(pages, ())
             self.stats.count("list")
             self._bucket_seen = True
-            yield from (_entry(one) for one in page if one["path"] and str(one["path"]).startswith(start))
+            yield page
             if len(page) < _LIST_PAGE:
                 return
 
@@ -375,7 +393,20 @@ class ObjectStore:
             if not self._answered:
                 raise UserError(f"{url}: {trouble.what}") from None
             raise _Refused(url, trouble.what) from None
+        if "body error" in trouble.what:
+            raise _CutOff(url, trouble.what, passing=True) from None
         raise StoreError(url, trouble.what, passing=True) from None
+
+    def _unless_cut_off(self, path: str, ask: Callable[[Client], T]) -> T:
+        """Ask again where a reply ends early: the client does so itself for objects, not for listings."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self._request(path) as client:
+                    return ask(client)
+            except _CutOff:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError
 
     def _check_bucket(self) -> None:
         """Of an object that is not there: is the bucket? A request for one object does not always say."""
@@ -496,6 +527,10 @@ class WebStore(ObjectStore):
 
 class _TooShort(Exception):
     """The range begins behind the end."""
+
+
+class _CutOff(StoreError):
+    """The reply began and did not end."""
 
 
 class _Refused(StoreError):
