@@ -16,15 +16,15 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, BinaryIO
 
 from streamprep import canonical
-from streamprep.ahead import read_ahead
+from streamprep.ahead import fetch_ahead
 from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_set_aside, what_happened
 from streamprep.board import Board, BoardGone, open_board
 from streamprep.claims import Claims, Timing, Wait, is_to_blame
@@ -431,19 +431,16 @@ Video = tuple[RawSample, BinaryIO | None, dict[str, Any]]
 def read_videos(open_video: OpenVideo, samples: Sequence[RawSample]) -> Generator[Video, None, None]:
     """Open, hash and probe videos while the one before them is copied: of files one, from a bucket several at once."""
     at_once = getattr(open_video, "at_once", 1)
-    return read_ahead(
-        functools.partial(open_and_probe, open_video),
+    fetched = fetch_ahead(
         samples,
-        at_once=at_once,
-        size_of=lambda sample: sample.size_bytes,
-        max_bytes=AHEAD_BYTES if at_once > 1 else math.inf,
-        discard=_close,
+        functools.partial(open_and_probe, open_video),
+        size_bytes=lambda sample: sample.size_bytes,
+        max_bytes=AHEAD_BYTES if at_once > 1 else sys.maxsize,
+        num_threads=at_once,
+        max_jobs=at_once + 1,
     )
-
-
-def _close(video: Video) -> None:
-    if video[1] is not None:
-        video[1].close()
+    with closing(fetched):
+        yield from (video for _, video in fetched)
 
 
 def open_and_probe(open_video: OpenVideo, sample: RawSample) -> Video:

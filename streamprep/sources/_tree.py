@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
-from streamprep.ahead import read_ahead
+from streamprep.ahead import fetch_ahead
 from streamprep.errors import UserError
 from streamprep.sources import _hub
 from streamprep.storage import FileEntry, FileReplaced, Store, is_remote, open_store
@@ -153,7 +153,9 @@ def in_parallel(tree: Tree, work: Callable[[T], R], items: Iterable[T]) -> Gener
     if tree.at_once == 1:
         yield from map(work, items)
     else:
-        yield from read_ahead(work, items, at_once=tree.at_once)
+        done = fetch_ahead(items, work, size_bytes=lambda _: 0, max_bytes=0, num_threads=tree.at_once)
+        with closing(done):
+            yield from (result for _, result in done)
 
 
 # --- a local folder
@@ -360,9 +362,15 @@ class BucketTree:
             return io.BytesIO(self._fetch(name, begin, size_bytes, version))
         copy = io.BytesIO() if size_bytes <= AHEAD_BYTES else self._spool()
         try:
-            fetched = read_ahead(lambda piece: self._fetch(name, *piece, version), pieces, at_once=_PIECES_AT_ONCE)
+            fetched = fetch_ahead(
+                pieces,
+                lambda piece: self._fetch(name, *piece, version),
+                size_bytes=lambda piece: piece[1],
+                max_bytes=(_PIECES_AT_ONCE + 1) * _PIECE_BYTES,
+                num_threads=_PIECES_AT_ONCE,
+            )
             with closing(fetched):
-                for data in fetched:
+                for _, data in fetched:
                     copy.write(data)
             copy.seek(0)
         except BaseException as error:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -135,8 +136,12 @@ def packed(
     return make
 
 
-def clients_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("streamprep-ahead")]
+def check_no_threads() -> None:
+    """Those that fetch ahead end within moments."""
+    deadline = time.monotonic() + 5
+    while any(thread.name.startswith("fetch-ahead") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +152,7 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setenv("TMPDIR", str(spool))
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield
-    assert clients_threads() == []
+    check_no_threads()
     assert [path for path in spool.rglob("*") if path.is_file()] == []
 
 
@@ -438,7 +443,7 @@ def test_what_goes_on_failing_fails_loudly_and_goes_on_later(
     proxy.inject("^GET .*raw/videos/.*3%", Answer(403))
     with pytest.raises(OSError, match=r"raw/videos/.*mp4: it was refused \(403 Forbidden, AccessDenied"):
         pack_into(tmp_path / "shards", dataset)
-    assert clients_threads() == []
+    check_no_threads()
     proxy.clear()
     pack_into(tmp_path / "shards", dataset)
     assert contents(open_store(tmp_path / "shards")) == packed("merged")
