@@ -18,8 +18,8 @@ class StoreSettings:
     """How to write to a bucket; nothing of it shows in the output."""
 
     spool_dir: str | None = None
-    """Local folder where files for a bucket are built before they are uploaded, and large videos from one kept while they
-    are packed; by default that of temporary files."""
+    """Local folder where files for a bucket are built before they are uploaded, and large videos from one are kept
+    while they are packed; by default that of temporary files."""
     only_writer: bool = False
     """Write to a bucket that cannot create files only if they are absent: you promise that no other process does."""
 

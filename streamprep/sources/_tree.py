@@ -143,9 +143,16 @@ def open_tree(dataset: str | Path, *, spool_dir: str | None = None) -> Tree:
     folder, _, name = text.rpartition("/")
     if "." in name and not folder.endswith(":/"):  # perhaps a manifest or prompts
         parent = open_store(folder, spool_dir=spool_dir)
-        if parent.exists(name):
+        if _holds(parent, name):
             return BucketTree(parent, file=name, spool_dir=spool_dir)
     return BucketTree(open_store(text, spool_dir=spool_dir), spool_dir=spool_dir)
+
+
+def _holds(parent: Store, name: str) -> bool:
+    try:
+        return parent.exists(name)
+    except UserError:  # we may see what is below NAME/ and not beside it; or nothing, as listing it will tell
+        return False
 
 
 def in_parallel(tree: Tree, work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:

@@ -570,6 +570,15 @@ def test_refused_credentials_are_said_before_anything_is_written(
     assert not (tmp_path / "shards").exists()
 
 
+def test_a_folder_with_a_dot_may_be_all_that_we_may_see(
+    moto_server: Server, bucket: str, faulty: Faulty, tmp_path: Path
+) -> None:
+    dataset = upload(write_dataset("folder", tmp_path / "d", {"a.mp4": "a caption"}), f"{bucket}/data.v2")
+    _, proxy = faulty(moto_server)
+    proxy.inject("^HEAD .*/data.v2$", Answer(403))
+    assert [sample.file_name for sample in list_dataset(dataset, "auto").samples] == ["a.mp4"]
+
+
 @pytest.mark.s3
 @pytest.mark.slow
 def test_so_are_wrong_keys_by_a_store_that_looks_at_them(

@@ -399,3 +399,10 @@ def test_requests_and_bytes_are_counted(bucket: tuple[ObjectStore, FaultProxy]) 
     assert store.stats.requests.total() == len(proxy.requests) - before
     assert store.stats.requests == {"put": 5, "get": 2, "head": 2, "list": 1, "delete": 1}
     assert os.getpid() == places._first_used_by
+
+
+def test_a_web_server_lists_nothing() -> None:
+    store = open_store("https://127.0.0.1:9/shards")
+    for listing in (store.list, store.walk):
+        with pytest.raises(UserError, match="a web server lists no files"):
+            listing()
