@@ -18,7 +18,8 @@ class StoreSettings:
     """How to write to a bucket; nothing of it shows in the output."""
 
     spool_dir: str | None = None
-    """Local folder where files for a bucket are built before they are uploaded; by default that of temporary files."""
+    """Local folder where files for a bucket are built before they are uploaded, and large videos from one are kept
+    while they are packed; by default that of temporary files."""
     only_writer: bool = False
     """Write to a bucket that cannot create files only if they are absent: you promise that no other process does."""
 
@@ -62,8 +63,8 @@ class PackConfig(PackSettings):
 
     POSITIONAL: ClassVar = ("dataset", "shards")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
-    --dataset-type hf."""
+    """Folder or manifest file with the videos and captions, its URL in a bucket (s3://BUCKET/PREFIX, gs://..., az://...),
+    hf://datasets/ORG/NAME, or ORG/NAME with --dataset-type hf."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
     """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..."""
     captions_only: bool = False
@@ -87,9 +88,9 @@ class IndexConfig:
 
     POSITIONAL: ClassVar = ("shards",)
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder with the tars, at any depth."""
+    """Folder with the tars, at any depth, or s3://BUCKET/PREFIX, gs://..., az://..."""
     to: str | None = None
-    """Folder for the index, with links to the tars; by default it is written beside them."""
+    """Local folder for the index, with links to local tars; by default it is written beside them."""
     caption_column: str | None = None
     """Field of KEY.json with the captions; by default KEY.txt, else cap, caption, captions, text or prompt."""
     prefix_keys: bool = False
@@ -354,8 +355,8 @@ class RunConfig(EncodeSettings, PackSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("dataset", "out")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
-    --dataset-type hf."""
+    """Folder or manifest file with the videos and captions, its URL in a bucket (s3://BUCKET/PREFIX, gs://..., az://...),
+    hf://datasets/ORG/NAME, or ORG/NAME with --dataset-type hf."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
     shards: str | None = None

@@ -13,16 +13,18 @@ Whether a video decodes is not asked here: the original bytes are kept, and what
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, BinaryIO
 
 from streamprep import canonical
+from streamprep.ahead import fetch_ahead
 from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_set_aside, what_happened
 from streamprep.board import Board, BoardGone, open_board
 from streamprep.claims import Claims, Timing, Wait, is_to_blame
@@ -37,7 +39,9 @@ from streamprep.ranks import Rank, this_rank
 from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name, indexed_size_bytes
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, OpenVideo, SourceOptions
-from streamprep.storage import Store, check_writable, open_store
+from streamprep.sources._tree import AHEAD_BYTES
+from streamprep.storage import Store, check_writable, describe_traffic, open_store
+from streamprep.traffic import add_traffic, with_traffic
 from streamprep.types import RawSample
 
 FORMAT = "streamprep-pack/1"
@@ -66,10 +70,10 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
         OSError: if the machine fails; calling again goes on from there.
     """
     store = open_store(config.shards, spool_dir=config.spool_dir)
-    if "://" not in config.dataset and store.same_place(open_store(config.dataset)):
+    if not config.dataset.startswith("hf://") and store.same_place(open_store(config.dataset)):
         raise UserError(f"{config.shards} is the dataset itself: pack into another folder")
     options = SourceOptions(video_column=config.video_column, caption_column=config.caption_column, split=config.split)
-    listing = list_dataset(config.dataset, config.dataset_type, options)
+    listing = list_dataset(config.dataset, config.dataset_type, options, spool_dir=config.spool_dir)
     if listing.in_order and config.shuffle is not None:
         raise UserError(
             f"--shuffle: the videos of {config.dataset} can only be read in their order; leave it out, and shuffle in "
@@ -94,7 +98,9 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
     anything_left = packing.pack_all(config.num_workers)
     packing.write_manifest(check=not anything_left)
     packing.tidy()
-    return load_manifest(store)
+    manifest = load_manifest(store)
+    packing.report_traffic()
+    return manifest
 
 
 def cut_into_shards(
@@ -195,6 +201,7 @@ class _Packing:
         stale_seconds: float,
     ) -> None:
         self._store, self._listing, self._rank, self._board = store, listing, rank, board
+        self._stores = [each for each in (listing.tree.store, store) if each is not None]
         self._shards = {f"{number:06d}": samples for number, samples in enumerate(shards)}
         self._packed = _Packed(store)
         self._worker = Worker.this(rank.number)
@@ -224,8 +231,9 @@ class _Packing:
         workers = min(num_processes(num_workers, local_world_size=self._rank.local_world_size), len(left))
         with LastWords(self._worker), self._progress, claims:
             try:
-                with closing(as_taken(pack_shard, lambda: self._take(claims), self._arguments, workers)) as packed:
-                    for unit, info in packed:
+                with closing(as_taken(with_traffic, lambda: self._take(claims), self._arguments, workers)) as packed:
+                    for unit, (info, traffic) in packed:
+                        add_traffic(self._stores, traffic)
                         self._packed.add(unit, info)
                         claims.finished(unit)
                         self._show(info.num_samples)
@@ -261,8 +269,14 @@ class _Packing:
         self._show(0)
         return claims.poll()
 
-    def _arguments(self, unit: str) -> tuple[OpenVideo, Store, str, Sequence[RawSample]]:
-        return self._listing.open_video, self._store, _shard_name(unit), self._shards[unit]
+    def _arguments(self, unit: str) -> tuple[Any, ...]:
+        of_pack_shard = self._listing.open_video, self._store, _shard_name(unit), self._shards[unit]
+        return pack_shard, self._stores, os.getpid(), *of_pack_shard
+
+    def report_traffic(self) -> None:
+        """Say what this rank, its packing processes included, has asked of buckets."""
+        for line in describe_traffic(*self._stores):
+            self._progress.message(line)
 
     def _show(self, num_videos: int) -> None:
         """Count so many more; show what all ranks have done, or this one if there is no board any more."""
@@ -400,7 +414,8 @@ def pack_shard(open_video: OpenVideo, store: Store, name: str, samples: Sequence
     with store.new_file() as file:
         with open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES) as target:
             tar = TarWriter(target)
-            packed = tuple(_add_sample(tar, *read) for read in _read_ahead(open_video, samples))
+            with closing(read_videos(open_video, samples)) as videos:
+                packed = tuple(_add_sample(tar, *read) for read in videos)
             tar.finish()
         file.publish(name, step="shard")
     index = ShardIndex(name=name, size_bytes=tar.size_bytes, samples=packed)
@@ -409,23 +424,27 @@ def pack_shard(open_video: OpenVideo, store: Store, name: str, samples: Sequence
     return shard_info(index, data)
 
 
-def _read_ahead(
-    open_video: OpenVideo, samples: Sequence[RawSample]
-) -> Iterator[tuple[RawSample, BinaryIO | None, dict[str, Any]]]:
-    """Hash and probe one video while the one before it is copied: sample, open file, content of ``KEY.json``."""
-    with ThreadPoolExecutor(1) as thread:
-        reading: Future[tuple[RawSample, BinaryIO | None, dict[str, Any]]] | None = None
-        for sample in samples:
-            following = thread.submit(open_and_probe, open_video, sample)
-            if reading is not None:
-                yield reading.result()
-            reading = following
-        if reading is not None:
-            yield reading.result()
+Video = tuple[RawSample, BinaryIO | None, dict[str, Any]]
+"""A sample, its open file if it has a video, the content of its ``KEY.json``."""
 
 
-def open_and_probe(open_video: OpenVideo, sample: RawSample) -> tuple[RawSample, BinaryIO | None, dict[str, Any]]:
-    """(the sample, its open file if it has a video, the content of its ``KEY.json``)."""
+def read_videos(open_video: OpenVideo, samples: Sequence[RawSample]) -> Generator[Video, None, None]:
+    """Open, hash and probe videos while the one before them is copied: of files one, from a bucket several at once."""
+    at_once = getattr(open_video, "at_once", 1)
+    fetched = fetch_ahead(
+        samples,
+        functools.partial(open_and_probe, open_video),
+        size_bytes=lambda sample: sample.size_bytes,
+        max_bytes=AHEAD_BYTES if at_once > 1 else sys.maxsize,
+        num_threads=at_once,
+        max_jobs=at_once + 1,
+    )
+    with closing(fetched):
+        yield from (video for _, video in fetched)
+
+
+def open_and_probe(open_video: OpenVideo, sample: RawSample) -> Video:
+    """Open a video and find out about it."""
     metadata = {
         "file_name": sample.file_name,
         "captions": list(sample.captions),
@@ -439,7 +458,11 @@ def open_and_probe(open_video: OpenVideo, sample: RawSample) -> tuple[RawSample,
         file.close()
         raise OSError(f"{sample.path} changed while it was packed; let it settle and pack into a new folder")
     file.seek(0)
-    return sample, file, metadata | {"extension": extension_of(sample.file_name)} | _video_metadata(file)
+    try:
+        return sample, file, metadata | {"extension": extension_of(sample.file_name)} | _video_metadata(file)
+    except BaseException:
+        file.close()
+        raise
 
 
 def _add_sample(tar: TarWriter, sample: RawSample, file: BinaryIO | None, metadata: dict[str, Any]) -> ShardSample:

@@ -138,6 +138,32 @@ def test_from_bucket_to_bucket_comes_out_what_comes_out_from_folder_to_folder(
     assert not list(temporary.rglob("*.tmp"))
 
 
+def test_a_dataset_in_a_bucket_is_run_into_a_bucket(
+    moto_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    bucket = new_bucket(moto_server)
+    for path in dataset.rglob("*.*"):
+        open_store(f"{bucket}/raw").put(path.relative_to(dataset).as_posix(), path.read_bytes(), step="data")
+    out = f"{bucket}/out"
+    command = ("run", f"{bucket}/raw", out, "--model-path", tiny_model, "--shard-size-mb", 1, *FLAGS)
+    killed = run_cli(*command, crash_at="shard.after:2")
+    assert killed.returncode in (1, 137), killed.output  # a packing process dies, or all, if it has one core
+    ran = done(run_cli(*command))
+    assert "5 rows, 3 files" in ran.output
+    assert f"{bucket}/raw: " in ran.output and f"{out}/_streamprep/shards: " in ran.output
+    shards = contents(open_store(f"{out}/_streamprep/shards"), "")
+    assert {**shards, "pack.json": b""} == {**contents(local_job[0], ""), "pack.json": b""}  # it has the versions
+    data = contents(open_store(out), "combined_parquet_dataset")
+    assert data == contents(local_job[1], "combined_parquet_dataset")
+    assert not list(temporary.rglob("*.tmp"))
+
+
 def test_a_plan_of_a_bucket_goes_into_one(
     moto_server: Server, new_bucket: NewBucket, local_job: tuple[Store, Store], tiny_model: Path, run_cli: RunCli
 ) -> None:
@@ -271,7 +297,12 @@ def test_one_place_cannot_be_both_shards_and_output(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("index", "s3://bucket/tars"), "local folder"),
+        (("index", "s3://bucket/tars", "--to", "my_shards"), "both must be local folders"),
+        (("pack", "https://127.0.0.1:9/dataset", "my_shards"), "a web server lists no files"),
+        (
+            ("run", "s3://bucket/raw", "s3://bucket/raw", "--model-path", "none", "--shards", "s3://bucket/raw/"),
+            "itself",
+        ),
         (
             ("pack", "{dataset}", "s3://bucket/x", "--spool-dir", "s3://bucket/spool"),
             "--spool-dir must be a local folder",

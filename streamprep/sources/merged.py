@@ -6,32 +6,31 @@ strings) are required; ``fps`` and ``num_frames`` are checked against the file w
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from streamprep.errors import UserError
-from streamprep.sources._files import Listing, SourceOptions, check_path, read_json, split_columns, status_inside
+from streamprep.sources._files import Listing, SourceOptions, check_path, read_json, split_columns
+from streamprep.sources._tree import Tree
 
 CAPTIONS = "videos2caption.json"
 
 
-def matches(root: Path) -> bool:
+def matches(tree: Tree) -> bool:
     """Whether the folder has this layout."""
-    return (root / CAPTIONS).is_file()
+    return tree.is_file(CAPTIONS)
 
 
-def read_samples(root: Path, options: SourceOptions) -> Listing:
+def read_samples(tree: Tree, _: SourceOptions) -> Listing:
     """List the dataset's videos.
 
     Raises:
         UserError: naming file and entry, if the JSON is not as described.
     """
-    manifest = root / CAPTIONS
-    if status_inside(root, CAPTIONS, links_into=options.links_into) is None:
+    manifest = tree.where(CAPTIONS)
+    if tree.status(CAPTIONS) is None:
         raise UserError(f"{manifest} is missing")
-    rows = read_json(manifest)
+    rows = read_json(tree, CAPTIONS)
     if not isinstance(rows, list):
         raise UserError(f"{manifest} must hold a list of objects with 'path' and 'cap', got a {type(rows).__name__}")
-    listing = Listing(root, links_into=options.links_into)
+    listing = Listing(tree)
     for number, row in enumerate(rows):
         where = f"{manifest}, entry {number}"
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
@@ -40,11 +39,11 @@ def read_samples(root: Path, options: SourceOptions) -> Listing:
         if captions is None:
             raise UserError(f"{where}: {row['path']!r} has no 'cap'")
         check_path(row["path"], where=where, shown=row["path"])
-        path = _path(root, row["path"])
+        path = _path(tree, row["path"])
         listing.add(path, file_name=row["path"], captions=captions, declared=declared, extra=extra, where=where)
     return listing
 
 
-def _path(root: Path, path: str) -> str:
+def _path(tree: Tree, path: str) -> str:
     in_videos = f"videos/{path}"
-    return path if not (root / in_videos).exists() and (root / path).exists() else in_videos
+    return path if not tree.exists(in_videos) and tree.exists(path) else in_videos

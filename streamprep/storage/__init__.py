@@ -13,11 +13,12 @@ from urllib.parse import unquote
 
 from streamprep.errors import UserError
 from streamprep.progress import count, size
-from streamprep.storage.interface import FileEntry, PendingFile, Store, StoreError, StoreStats
+from streamprep.storage.interface import FileEntry, FileReplaced, PendingFile, Store, StoreError, StoreStats
 from streamprep.storage.local import LocalStore
 
 __all__ = [
     "FileEntry",
+    "FileReplaced",
     "LocalStore",
     "PendingFile",
     "Store",
@@ -78,13 +79,15 @@ def check_writable(store: Store, *, only_writer: bool) -> None:
 
 
 def describe_traffic(*stores: Store) -> Iterator[str]:
-    """A line for each bucket that this process has asked something of."""
+    """A line for each place in a bucket that this process has asked something of."""
+    places: dict[str, StoreStats] = {}
     for store in stores:
-        stats = store.stats
+        places.setdefault(store.url, StoreStats()).add(store.stats)
+    for url, stats in places.items():
         if total := stats.requests.total():
             kinds = ", ".join(f"{number} {kind}" for kind, number in stats.requests.most_common())
             yield (
-                f"{store.url}: {count(total, 'request')} ({kinds}), {size(stats.bytes_read)} read, "
+                f"{url}: {count(total, 'request')} ({kinds}), {size(stats.bytes_read)} read, "
                 f"{size(stats.bytes_written)} written"
             )
 

@@ -16,27 +16,29 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from errno import ENOENT, ENOSPC
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
 
 import obstore
 import obstore.exceptions
 
 from streamprep.crashpoints import crash_point
-from streamprep.errors import UserError
-from streamprep.storage.interface import FileEntry, Store, StoreError, StoreStats, parts_of
+from streamprep.errors import UserError, first_line
+from streamprep.storage.interface import FileEntry, FileReplaced, Store, StoreError, StoreStats, parts_of
 from streamprep.storage.local import LocalFile, LocalStore
-from streamprep.storage.places import Place, check_not_forked, connect
+from streamprep.storage.places import Place, check_not_forked, connect, without_secrets
 from streamprep.storage.ranged import RangedFile
 from streamprep.storage.troubles import ERRORS, understand
 
 if TYPE_CHECKING:
     from streamprep.storage.places import Client
+
+T = TypeVar("T")
 
 _PIECE_BYTES = 16 * 2**20
 """Larger reads are several requests side by side: each is soon done, within the time that one may take."""
@@ -102,17 +104,19 @@ class ObjectStore:
         self.stats.count("get", bytes_read=len(data))
         return data
 
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
+    def read_range(self, path: str, offset: int, size: int, *, version: str | None = None) -> bytes:
         """Exactly ``size`` bytes from ``offset``; `EOFError` if the object is shorter."""
         if not size:
-            self.size_bytes(path)  # FileNotFoundError
+            found = self._head(path)  # FileNotFoundError
+            if version is not None and _entity_tag(found["e_tag"]) != _entity_tag(version):
+                raise _replaced(self._url(path))
             return b""
         starts = range(offset, offset + size, _PIECE_BYTES)
         pieces = [(start, min(_PIECE_BYTES, offset + size - start)) for start in starts]
         if len(pieces) == 1:
-            data = self._piece(path, offset, size)
+            data = self._piece(path, offset, size, version)
         else:
-            data = b"".join(self._reading().map(lambda piece: self._piece(path, *piece), pieces))
+            data = b"".join(self._reading().map(lambda piece: self._piece(path, piece[0], piece[1], version), pieces))
         if len(data) < size:
             raise EOFError(f"{path} has {self.size_bytes(path)} bytes, {offset + size} were expected")
         return data
@@ -120,7 +124,7 @@ class ObjectStore:
     def _piece(self, path: str, offset: int, size: int, version: str | None = None) -> bytes:
         """At most ``size`` bytes of an object that must still be of this version, if one is given."""
         key = self._key(path)
-        wanted: Any = {"range": (offset, offset + size), **({"if_match": version} if version else {})}
+        wanted: Any = {"range": (offset, offset + size), **({"if_match": _entity_tag(version)} if version else {})}
         try:
             with self._request(path) as client:
                 data = bytes(obstore.get(client, key, options=wanted).bytes())
@@ -153,17 +157,42 @@ class ObjectStore:
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """The objects directly below a prefix whose names begin so, sorted."""
         key = self._key(folder) if folder else None
-        with self._request(folder) as client:
-            found = obstore.list_with_delimiter(client, key)["objects"]
+        found = self._unless_cut_off(folder, lambda client: obstore.list_with_delimiter(client, key)["objects"])
         self.stats.count("list", number=1 + len(found) // _LIST_PAGE)
         self._bucket_seen = True
         start = f"{folder}/{prefix}" if folder else prefix
-        entries = [
-            FileEntry(str(one["path"]), int(one["size"]), str(one["e_tag"] or one["last_modified"]))
-            for one in found
-            if str(one["path"]).startswith(start)
-        ]
+        entries = [_entry(one) for one in found if str(one["path"]).startswith(start)]
         yield from sorted(entries, key=lambda entry: entry.path)
+
+    def walk(self, folder: str = "") -> Iterator[FileEntry]:
+        """All objects below a prefix, as they are listed."""
+        start = f"{self._key(folder)}/" if folder else ""
+        seen, attempt = set[str](), 0
+        pages = self._pages(start)
+        while True:
+            try:
+                page = next(pages, None)
+            except _CutOff:
+                if (attempt := attempt + 1) == _ATTEMPTS:
+                    raise
+                pages = self._pages(start)  # not from the last name on: not all stores list by name
+                continue
+            if page is None:
+                return
+            new = [_entry(one) for one in page if str(one["path"]) not in seen]
+            seen.update(entry.path for entry in new)
+            yield from (entry for entry in new if entry.path and entry.path.startswith(start))
+
+    def _pages(self, start: str) -> Iterator[Any]:
+        pages = obstore.list(self._connected(), start or None, chunk_size=_LIST_PAGE)  # asks nothing yet
+        while True:
+            with self._request(start.rstrip("/")):
+                page: Any = next(pages, ())
+            self.stats.count("list")
+            self._bucket_seen = True
+            yield page
+            if len(page) < _LIST_PAGE:
+                return
 
     def free_bytes(self) -> int | None:
         """None: a bucket is never full."""
@@ -348,7 +377,12 @@ class ObjectStore:
             self._check_bucket()
             raise FileNotFoundError(ENOENT, "there is no such object", url) from None
         if isinstance(error, obstore.exceptions.PreconditionError):
-            raise StoreError(url, "it was replaced while it was read") from None
+            raise _replaced(url) from None
+        if isinstance(error, obstore.exceptions.InvalidPathError):
+            raise UserError(
+                f"{url}: an object there has a name that cannot be a path, with an empty part ('a//b'), '.', '..' or a "
+                f"control character: rename it ({without_secrets(first_line(error))!r})"
+            ) from None
         trouble = understand(error, self.place)
         if trouble.kind == "too short":
             raise _TooShort from None
@@ -359,7 +393,20 @@ class ObjectStore:
             if not self._answered:
                 raise UserError(f"{url}: {trouble.what}") from None
             raise _Refused(url, trouble.what) from None
+        if "body error" in trouble.what:
+            raise _CutOff(url, trouble.what, passing=True) from None
         raise StoreError(url, trouble.what, passing=True) from None
+
+    def _unless_cut_off(self, path: str, ask: Callable[[Client], T]) -> T:
+        """Ask again where a reply ends early: the client does so itself for objects, not for listings."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self._request(path) as client:
+                    return ask(client)
+            except _CutOff:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError
 
     def _check_bucket(self) -> None:
         """Of an object that is not there: is the bucket? A request for one object does not always say."""
@@ -442,6 +489,10 @@ class WebStore(ObjectStore):
 
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """No web server lists its files in a way that all others do."""
+        return self.walk(folder)
+
+    def walk(self, folder: str = "") -> NoReturn:
+        """Refused."""
         raise UserError(
             f"{self._url(folder)}: a web server lists no files and takes none, so it can only be what `encode` reads: "
             "write to a local folder or a bucket"
@@ -478,12 +529,29 @@ class _TooShort(Exception):
     """The range begins behind the end."""
 
 
+class _CutOff(StoreError):
+    """The reply began and did not end."""
+
+
 class _Refused(StoreError):
     """The store did not let us, though it did before."""
 
 
 class _Unsupported(StoreError):
     """The store does not know such a request."""
+
+
+def _entry(found: Any) -> FileEntry:
+    return FileEntry(str(found["path"]), int(found["size"]), str(found["e_tag"] or found["last_modified"]))
+
+
+def _entity_tag(version: str) -> str:
+    """As requests have it; Azure's listings leave out the quotes."""
+    return version if version.endswith('"') else f'"{version}"'
+
+
+def _replaced(url: str) -> FileReplaced:
+    return FileReplaced(url, "it was replaced while it was read")
 
 
 def _size(source: bytes | Path) -> int:

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,32 @@ def test_a_file_that_is_replaced_while_it_is_read_is_no_mixture(bucket: tuple[Ob
         publish(store, "file", b"1" * 2**20)
         with pytest.raises(StoreError, match="replaced while it was read"):
             file.read()
+
+
+@pytest.mark.parametrize("fault", [CutReply(), CutReply(reset=False)], ids=["reset", "closed"])
+def test_a_listing_that_is_cut_off_is_asked_for_again(bucket: tuple[ObjectStore, FaultProxy], fault: CutReply) -> None:
+    store, proxy = bucket
+    for listing in (store.list, store.walk):
+        rule = proxy.inject("list-type", fault, times=2)
+        assert [entry.path for entry in listing()] == ["there"]
+        assert rule.hits == 2
+        proxy.clear()
+        rule = proxy.inject("list-type", fault)
+        with pytest.raises(StoreError, match=r"/place: it did not answer as it should.*body error"):
+            list(listing())
+        proxy.clear()
+
+
+def test_a_walk_that_is_cut_off_midway_gives_each_file_once(bucket: tuple[ObjectStore, FaultProxy]) -> None:
+    store, proxy = bucket
+    names = [f"many/{number:05d}" for number in range(1100)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: store.put(name, b"1", step="data"), names))
+    rule = proxy.inject("list-type", CutReply(), skip=1, times=1)  # the second page
+    before = store.stats.requests["list"]
+    assert [entry.path for entry in store.walk("many")] == names
+    assert rule.hits == 1
+    assert store.stats.requests["list"] == before + 3
 
 
 def test_a_flipped_byte_is_none_of_ours_to_notice(bucket: tuple[ObjectStore, FaultProxy]) -> None:
@@ -372,3 +399,10 @@ def test_requests_and_bytes_are_counted(bucket: tuple[ObjectStore, FaultProxy]) 
     assert store.stats.requests.total() == len(proxy.requests) - before
     assert store.stats.requests == {"put": 5, "get": 2, "head": 2, "list": 1, "delete": 1}
     assert os.getpid() == places._first_used_by
+
+
+def test_a_web_server_lists_nothing() -> None:
+    store = open_store("https://127.0.0.1:9/shards")
+    for listing in (store.list, store.walk):
+        with pytest.raises(UserError, match="a web server lists no files"):
+            listing()
