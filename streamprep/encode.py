@@ -50,6 +50,8 @@ from streamprep.signals import sigterm_asks
 from streamprep.storage import Store, check_writable, describe_traffic, is_remote, open_store
 from streamprep.types import ShardWriter
 
+_MOST_CLIPS_READ_AHEAD = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machinery:
@@ -235,12 +237,14 @@ def _encode_units(
 def _clips_ahead(config: EncodeConfig, shards: Shards) -> int:
     """What must lie ready so that neither the decoding processes nor the encoder ever wait for a unit to be claimed.
 
-    From a bucket, as much as is read ahead: else small shards would be waited for, one after the other.
+    From a bucket, what is read ahead, too: else small shards would be waited for, one after the other. But what a rank
+    holds no other can take, when at the end all wait for the last.
     """
     in_work = _num_decoders(config) + 2 * config.preprocess_video_batch_size
-    if shards.store.local_path() is not None:
+    if shards.store.local_path() is not None or config.workload_type == "text":
         return in_work
-    return max(in_work, READ_AHEAD_BYTES * shards.manifest.num_samples // max(1, shards.manifest.size_bytes))
+    read_ahead = READ_AHEAD_BYTES * shards.manifest.num_samples // max(1, shards.manifest.size_bytes)
+    return in_work + min(read_ahead, _MOST_CLIPS_READ_AHEAD)
 
 
 def _committer(current: Job, config: EncodeConfig, session: Session, *, max_bad_fraction: float | None) -> Committer:
