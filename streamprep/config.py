@@ -18,7 +18,8 @@ class StoreSettings:
     """How to write to a bucket; nothing of it shows in the output."""
 
     spool_dir: str | None = None
-    """Local folder where files for a bucket are built before they are uploaded; by default that of temporary files."""
+    """Local folder where files for a bucket are built before they are uploaded, by default that of temporary files; or
+    where those for the Hugging Face hub lie until all is done, by default ~/.cache/streamprep (XDG_CACHE_HOME)."""
     only_writer: bool = False
     """Write to a bucket that cannot create files only if they are absent: you promise that no other process does."""
 
@@ -409,6 +410,8 @@ class StatusConfig:
     """Output of `streamprep encode`: a folder or a URL."""
     contract: bool = False
     """Show the latent contract instead: what the tensors are, of which model, layer, normalisation, padding."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +424,8 @@ class VerifyConfig:
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`, or shards of `streamprep pack`."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,6 +440,8 @@ class FinalizeConfig:
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`: a folder or a URL."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 def _local_folder(**fields: str | None) -> None:
