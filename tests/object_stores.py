@@ -39,7 +39,7 @@ on_seaweedfs = pytest.param("seaweedfs_server", id="seaweedfs", marks=[pytest.ma
 on_azurite = pytest.param("azurite_server", id="azurite", marks=[pytest.mark.azurite, pytest.mark.slow])
 on_moto = pytest.param("moto_server", id="moto")
 on_fake_gs = pytest.param("fake_gs_server", id="fake_gs")
-on_fake_hf = pytest.param("fake_hf_server", id="fake_hf")
+on_fake_hf = pytest.param("fake_hf_server", id="fake_hf", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

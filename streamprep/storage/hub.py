@@ -1,7 +1,8 @@
 """A folder of a dataset's repository on the Hugging Face hub: one commit to read from, one commit to write.
 
 Reading is by ranges of the files of one commit, the one that the revision meant when this process first asked, so a
-repository that moves is never mixed; what is sent to another process keeps to the commit.
+repository that moves is never mixed; what is sent to another process keeps to the commit. A process that writes adds to
+the head as it is then.
 
 Commits are counted by the hour and slow, but one can hold any number of files, and is seen as a whole or not at all. So
 what is written lies in a local folder, which all that is read goes through (`streamprep.storage.staging`), until
@@ -231,10 +232,11 @@ class HubStore:
 
     def put_if_absent(self, path: str, data: bytes, *, step: str) -> bool:
         """Write a whole file unless one is there; of several writers exactly one gets True."""
+        self._catch_up()
         if self.exists(path):
             return False
         self._begin()
-        return self._staging.files.put_if_absent(self._name(path), data, step=step)
+        return not self.exists(path) and self._staging.files.put_if_absent(self._name(path), data, step=step)
 
     def check_create_only(self) -> bool:
         """Local folders can. What is asked for here is whether the result may be published, before any work."""
@@ -244,6 +246,7 @@ class HubStore:
             )
         self._view()
         self._hub.check_may_write()
+        self._staging.sweep()
         return True
 
     def link(self, path: str, target: Path, *, step: str) -> None:
@@ -253,6 +256,7 @@ class HubStore:
     def delete(self, path: str, *, step: str) -> None:
         """Remove a file; it is no error if it is gone."""
         path = self._name(path)
+        self._catch_up()
         view = self._view()
         if path in self._folder(view.commit, _parent(path)):
             self._begin()
@@ -343,11 +347,17 @@ class HubStore:
             self._folders[commit, folder] = found
         return found
 
+    def _catch_up(self) -> None:
+        """Look at the head anew, if nothing is staged: other ranks may have done all of the job and published it."""
+        if self._staging.base() is None:
+            commit = self._hub.commit_of(self.place.revision)
+            with self._lock:
+                self._was_staged, _pins[self.place] = False, commit
+
     def _begin(self) -> None:
         """What is written from now on is staged."""
-        view = self._view()
-        if not view.is_staged:
-            self._staging.begin(view.commit, url=self.url)
+        if self._staging.base() is None:
+            self._staging.begin(lambda: self._hub.commit_of(self.place.revision), url=self.url)
 
     def _name(self, path: str) -> str:
         return str(parts_of(path, below=self.url))

@@ -95,7 +95,12 @@ def parse_hub_url(url: str) -> HubPlace:
 def _why_not(url: str) -> str:
     form = "a folder of a dataset's repository is hf://datasets/ORG/NAME[@REVISION]/FOLDER"
     other = _OTHER_REPOSITORIES.match(url)
-    shown = url.split("@")[0].split("?")[0]  # what follows may be a secret
+    shown = url.split("?")[0]  # what follows may be a secret
+    if "@" in url.removeprefix("hf://").partition("/")[0]:
+        return (
+            f"hf://...@{url.partition('@')[2].split('?')[0]}: no names or passwords in URLs; run `hf auth login`, or "
+            "set HF_TOKEN"
+        )
     if other is not None and other["kind"] == "buckets":
         return (
             f"{shown}: the hub's buckets are reached by their S3 API: s3://BUCKET/PREFIX, with AWS_ENDPOINT_URL "

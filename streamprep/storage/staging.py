@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -45,13 +45,18 @@ class Staging:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def begin(self, commit: str, *, url: str) -> None:
-        """From now on something is staged; it is no error if it is already."""
+    def begin(self, head: Callable[[], str], *, url: str) -> None:
+        """From now on something is staged; it is no error if it is already.
+
+        Args:
+            head: Asks for the commit to add to. It is asked while no other process can begin, and publish what this one
+                would know nothing of.
+            url: For people.
+        """
         with self._lock():
-            for rest in self.folder.parent.glob(f"{self.folder.name}{_REMOVED}*"):
-                shutil.rmtree(rest, ignore_errors=True)  # whoever removed it was killed
-            data = canonical.to_pretty_json({"url": url, "commit": commit})
-            self._itself.put_if_absent("base.json", data, step="base")
+            if self.base() is None:
+                data = canonical.to_pretty_json({"url": url, "commit": head()})
+                self._itself.put_if_absent("base.json", data, step="base")
 
     def remove(self, *, base: str) -> None:
         """All is published: nothing is staged any more, unless something else has been begun since."""
@@ -63,6 +68,11 @@ class Staging:
             self.folder.rename(gone)
         crash_point("unstage.after")
         shutil.rmtree(gone, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a process has left that was killed while it removed the folder."""
+        for rest in self.folder.parent.glob(f"{self.folder.name}{_REMOVED}*"):
+            shutil.rmtree(rest, ignore_errors=True)
 
     def all_files(self, folder: str = "") -> Iterator[FileEntry]:
         """All that is new below a folder."""

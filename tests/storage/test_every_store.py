@@ -1,4 +1,4 @@
-"""What every store promises: a local folder, a bucket of every server there is for tests, and what is staged for the hub."""
+"""What every store promises: a folder, a bucket of every server there is for tests, and what is staged for the hub."""
 
 from __future__ import annotations
 
