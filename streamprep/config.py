@@ -66,7 +66,7 @@ class PackConfig(PackSettings):
     """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
     --dataset-type hf."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
     captions_only: bool = False
     """Leave the videos out: the shards are for --workload-type text only."""
     num_workers: int = 0
@@ -298,9 +298,9 @@ class EncodeConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards", "out")
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..."""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/... or https://..."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
 
     def __post_init__(self) -> None:
         EncodeSettings.__post_init__(self)
@@ -318,7 +318,7 @@ class PlanConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards",)
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..."""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/... or https://..."""
     out: str | None = None
     """Write every decision to this Parquet file."""
 
@@ -341,7 +341,7 @@ class RunConfig(EncodeSettings, PackSettings, LaunchSettings):
     """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
     --dataset-type hf."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
     shards: str | None = None
     """Folder for the shards; by default OUT/_streamprep/shards."""
 

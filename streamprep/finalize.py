@@ -59,7 +59,7 @@ def finalize(current: Job) -> Totals:
     current.store.put(job.INDEX, _index(records), step="index")
     result = _total(records)
     current.store.put(job.SUCCESS, _success(records), step="success")
-    current.store.publish_all(leave_out=job.NO_RESULT)
+    current.store.publish_all(summary=job.SUCCESS, leave_out=job.NO_RESULT)
     return result
 
 

@@ -284,7 +284,7 @@ class _Packing:
         if check and self._rank.number == 0 and self._store.exists(MANIFEST):
             if self._store.read(MANIFEST) != self._manifest():
                 self._store.put(MANIFEST, self._manifest(), step="manifest")
-            self._store.publish_all(leave_out=[_MARKS])
+            self._store.publish_all(summary=MANIFEST, leave_out=[_MARKS])
             return
         claims = Claims(
             [MANIFEST],
@@ -298,7 +298,7 @@ class _Packing:
         with claims:
             for turn in claims:
                 self._store.put(MANIFEST, self._manifest(), step="manifest")
-                self._store.publish_all(leave_out=[_MARKS])
+                self._store.publish_all(summary=MANIFEST, leave_out=[_MARKS])
                 claims.finished(turn)
 
     def _manifest(self) -> bytes:

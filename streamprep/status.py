@@ -42,7 +42,7 @@ def describe(current: Job) -> Iterator[str]:
     if stopped is not None:
         yield f"stopped  {stopped['message']}"
     if not current.store.is_all_published():
-        yield f"staged   in {current.store.staged_in()}: nothing of it is published yet"
+        yield f"staged   in {current.store.staged_in()}: what is new is not published yet"
     yield f"state    {state(current)}"
 
 

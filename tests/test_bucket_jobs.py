@@ -350,9 +350,9 @@ def test_a_killed_job_goes_on_and_is_published_once(
     status = run_cli("status", out)
     if point == "record.after":
         assert status.returncode == 4
-        assert "1 of 3 done" in status.output and "nothing of it is published yet" in status.output
+        assert "1 of 3 done" in status.output and "what is new is not published yet" in status.output
     goes_on = done(encode(run_cli, tiny_model, shards, out)).output
-    assert ("until all is done, then published as one commit" in goes_on) == (
+    assert ("until all is done; then published as one commit" in goes_on) == (
         point not in ("index", "success", "success.after", "commit", "commit.after", "unstage", "unstage.after")
     )
     assert commits(proxy) == 1
@@ -515,11 +515,11 @@ def test_what_was_bad_is_encoded_again_and_published_on_top(
     (shards / "000001.tar").write_bytes(whole)
     killed = run_cli("retry", out, crash_at="record.after")
     assert killed.returncode == 137
-    assert "retry r1" in run_cli("status", out).output
+    assert "r1: 1 sample again" in run_cli("status", out).output
     assert ": 0 problems" not in run_cli("verify", out).output  # it is not published yet; what is, is read too
     assert "1 encoded" in done(run_cli("retry", out)).output
     assert commits(proxy) == 2 and not staged(temporary)
-    assert rows(open_store(out)) == rows(local_job[1])
     now = published(out, "combined_parquet_dataset")
     assert first.items() < now.items()
+    assert rows(open_store(out)) == rows(local_job[1])
     assert ": 0 problems" in done(run_cli("verify", out)).output

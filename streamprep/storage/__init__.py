@@ -87,7 +87,10 @@ def describe_staging(store: Store) -> Iterator[str]:
     """A line on where files lie that are published all at once."""
     folder = store.staged_in()
     if folder is not None:
-        yield f"staged in {folder} until all is done, then published as one commit to {store.url}"
+        yield (
+            f"staged in {folder}, which all ranks must see, until all is done; then published as one commit to "
+            f"{store.url}"
+        )
 
 
 def describe_traffic(*stores: Store) -> Iterator[str]:

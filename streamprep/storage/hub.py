@@ -282,10 +282,12 @@ class HubStore:
         """Whether nothing is staged."""
         return self._staging.base() is None
 
-    def publish_all(self, *, leave_out: Sequence[str] = ()) -> None:
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
         """Make one commit of what is staged, then remove the local copy; nothing if nothing is staged.
 
         Args:
+            summary: A file that names all others by their digests: if somebody else has published the same since, who
+                has staged elsewhere, it has been done.
             leave_out: Folders that do not belong to the result.
 
         Raises:
@@ -296,7 +298,8 @@ class HubStore:
         if base is None:
             return
         try:
-            commit = Publication(self._hub, self._staging, base=base, stats=self.stats, leave_out=leave_out).publish()
+            publication = Publication(self._hub, self._staging, base=base, stats=self.stats, leave_out=leave_out)
+            commit = publication.publish(summary)
         except ERRORS:
             if self._staging.base() == base:
                 raise

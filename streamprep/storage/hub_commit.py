@@ -55,8 +55,8 @@ class Publication:
         self._deletions = staging.all_deleted() - self._additions.keys()
         self._progress = Progress(total=len(names), unit="files", verb="publishing")
 
-    def publish(self) -> str:
-        """Make it, unless it is there.
+    def publish(self, summary: str | None) -> str:
+        """Make it, unless it is there, or somebody else has made one with the same summary.
 
         Returns:
             The commit that has all of it.
@@ -74,7 +74,12 @@ class Publication:
             if not missing and not surplus:
                 self._say(head)
                 return head
-            self._check_untouched(head, there)
+            if head != self._base:
+                before = {file.path: file for file in self._hub.tree("", self._base, recursive=True)}
+                if summary is not None and self._is_new_and_ours(summary, before, there):
+                    self._say(head)
+                    return head
+                self._check_untouched(head, before, there)
             wait = 0.5 * 2**attempt
             try:
                 commit = self._commit(head, missing, surplus)
@@ -147,11 +152,11 @@ class Publication:
                     + f" All is still in {self._staging.folder}",
                 )
 
-    def _check_untouched(self, head: str, there: Mapping[str, HubFile]) -> None:
+    def _is_new_and_ours(self, name: str, before: Mapping[str, HubFile], now: Mapping[str, HubFile]) -> bool:
+        return now.get(name) != before.get(name) and _is(self._additions[name], now.get(name))
+
+    def _check_untouched(self, head: str, before: Mapping[str, HubFile], there: Mapping[str, HubFile]) -> None:
         """Refuse to replace what somebody else has put there since the job began."""
-        if head == self._base:
-            return
-        before = {file.path: file for file in self._hub.tree("", self._base, recursive=True)}
         for name in (*self._additions, *sorted(self._deletions)):
             now = there.get(name)
             if now != before.get(name) and not (name in self._additions and _is(self._additions[name], now)):

@@ -179,10 +179,11 @@ class Store(Protocol):
     def is_all_published(self) -> bool:
         """Whether others see all that was written."""
 
-    def publish_all(self, *, leave_out: Sequence[str] = ()) -> None:
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
         """Make others see all that was written, at once; nothing if they do. Several processes may call it.
 
         Args:
+            summary: A file that names all others by their digests: where others see the same, it has been done.
             leave_out: Folders that do not belong to the result.
         """
 

@@ -180,7 +180,7 @@ class LocalStore:
         """Yes."""
         return True
 
-    def publish_all(self, *, leave_out: Sequence[str] = ()) -> None:
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
         """Nothing."""
 
     def _resolve(self, path: str) -> Path:

@@ -247,7 +247,7 @@ class ObjectStore:
         """Yes."""
         return True
 
-    def publish_all(self, *, leave_out: Sequence[str] = ()) -> None:
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
         """Nothing."""
 
     # --- requests
