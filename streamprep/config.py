@@ -19,7 +19,8 @@ class StoreSettings:
 
     spool_dir: str | None = None
     """Local folder where files for a bucket are built before they are uploaded, and large videos from one are kept
-    while they are packed; by default that of temporary files."""
+    while they are packed, by default that of temporary files; or where those for the Hugging Face hub lie until all is
+    done, by default ~/.cache/streamprep (XDG_CACHE_HOME)."""
     only_writer: bool = False
     """Write to a bucket that cannot create files only if they are absent: you promise that no other process does."""
 
@@ -66,7 +67,7 @@ class PackConfig(PackSettings):
     """Folder or manifest file with the videos and captions, its URL in a bucket (s3://BUCKET/PREFIX, gs://..., az://...),
     hf://datasets/ORG/NAME, or ORG/NAME with --dataset-type hf."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
     captions_only: bool = False
     """Leave the videos out: the shards are for --workload-type text only."""
     num_workers: int = 0
@@ -313,10 +314,10 @@ class EncodeConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards", "out")
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..., or some of its
-    tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/... or https://...,
+    or some of its tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
 
     def __post_init__(self) -> None:
         EncodeSettings.__post_init__(self)
@@ -334,8 +335,8 @@ class PlanConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards",)
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..., or some of its
-    tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/... or https://...,
+    or some of its tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
     out: str | None = None
     """Write every decision to this Parquet file: a path, or a URL in a bucket."""
 
@@ -358,7 +359,7 @@ class RunConfig(EncodeSettings, PackSettings, LaunchSettings):
     """Folder or manifest file with the videos and captions, its URL in a bucket (s3://BUCKET/PREFIX, gs://..., az://...),
     hf://datasets/ORG/NAME, or ORG/NAME with --dataset-type hf."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
     shards: str | None = None
     """Folder for the shards; by default OUT/_streamprep/shards."""
 
@@ -427,6 +428,8 @@ class StatusConfig:
     """Output of `streamprep encode`: a folder or a URL."""
     contract: bool = False
     """Show the latent contract instead: what the tensors are, of which model, layer, normalisation, padding."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,6 +442,8 @@ class VerifyConfig:
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`, or shards of `streamprep pack`."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,6 +458,8 @@ class FinalizeConfig:
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`: a folder or a URL."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 def _local_folder(**fields: str | None) -> None:

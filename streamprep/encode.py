@@ -47,7 +47,7 @@ from streamprep.selfcheck import check_encoder
 from streamprep.session import Session, end, open_session
 from streamprep.settle import describe_model, options_of, settle
 from streamprep.signals import sigterm_asks
-from streamprep.storage import Store, check_writable, describe_traffic, is_remote, open_store
+from streamprep.storage import Store, check_writable, describe_staging, describe_traffic, is_remote, open_store
 from streamprep.types import ShardWriter
 
 _MOST_CLIPS_READ_AHEAD = 64
@@ -149,6 +149,8 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
         progress = session.progress
         progress.total = plan.num_clips
         progress.message(_describe(plan, units, config, encoder.contract, session.rank))
+        for line in describe_staging(out) if units else ():
+            progress.message(line)
         if begun:
             obey_earlier_stop(begun, config.max_bad_fraction)
             _warn_of_other_versions(plan, progress, needed=bool(units))

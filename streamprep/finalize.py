@@ -61,12 +61,15 @@ def finalize(current: Job) -> Totals:
     current.store.put(job.INDEX, _index(records), step="index")
     result = _total(records)
     current.store.put(job.SUCCESS, _success(records), step="success")
+    current.store.publish_all(summary=job.SUCCESS, leave_out=job.NO_RESULT)
     return result
 
 
 def is_finalized(current: Job) -> bool:
     """Whether a job has ended, and no unit has been committed since."""
     if current.unfinished() or not current.store.exists(job.INDEX) or not current.store.exists(job.SUCCESS):
+        return False
+    if not current.store.is_all_published():
         return False
     return current.store.read(job.SUCCESS) == _success(list(current.records()))
 

@@ -38,6 +38,8 @@ RETRIES = f"{FOLDER}/retry"
 STOP = f"{FOLDER}/stop.json"
 INDEX = f"{FOLDER}/index.parquet"
 SUCCESS = f"{FOLDER}/SUCCESS.json"
+NO_RESULT = (f"{FOLDER}/attempts", f"{FOLDER}/failed", f"{FOLDER}/logs")
+"""Folders of who was at what, which mean nothing once all is done."""
 
 PLAN_FORMAT = "streamprep-plan/1"
 RETRY_FORMAT = "streamprep-retry/1"

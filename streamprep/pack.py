@@ -40,7 +40,7 @@ from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name, in
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, OpenVideo, SourceOptions
 from streamprep.sources._tree import AHEAD_BYTES
-from streamprep.storage import Store, check_writable, describe_traffic, open_store
+from streamprep.storage import Store, check_writable, describe_staging, describe_traffic, open_store
 from streamprep.traffic import add_traffic, with_traffic
 from streamprep.types import RawSample
 
@@ -256,6 +256,8 @@ class _Packing:
         ranks = f"; {count(self._rank.world_size, 'rank')}" if self._rank.world_size > 1 else ""
         done = len(self._shards) - len(left)
         self._progress.message(describe(self._listing, num_shards=len(self._shards), num_done=done) + ranks)
+        for line in describe_staging(self._store) if left else ():
+            self._progress.message(line)
         videos_done = len(self._listing.samples) - sum(len(self._shards[unit]) for unit in left)
         self._progress.already_done(videos_done)
         with suppress(BoardGone):
@@ -296,6 +298,7 @@ class _Packing:
         if check and self._rank.number == 0 and self._store.exists(MANIFEST):
             if self._store.read(MANIFEST) != self._manifest():
                 self._store.put(MANIFEST, self._manifest(), step="manifest")
+            self._store.publish_all(summary=MANIFEST, leave_out=[_MARKS])
             return
         claims = Claims(
             [MANIFEST],
@@ -309,6 +312,7 @@ class _Packing:
         with claims:
             for turn in claims:
                 self._store.put(MANIFEST, self._manifest(), step="manifest")
+                self._store.publish_all(summary=MANIFEST, leave_out=[_MARKS])
                 claims.finished(turn)
 
     def _manifest(self) -> bytes:
@@ -380,7 +384,7 @@ class _Files:
         self._store = store
 
     def is_done(self, unit: str) -> bool:
-        return self._store.exists(unit)
+        return self._store.exists(unit) and self._store.is_all_published()
 
     def not_done(self, units: Iterable[str]) -> list[str]:
         return [unit for unit in units if not self.is_done(unit)]

@@ -201,7 +201,7 @@ def check_worth_a_restart(config: EncodeConfig) -> None:
         TooManyBadSamples: if the job has stopped for that.
         UnitsSetAside: if nothing else is left to do.
     """
-    out = open_store(config.out)
+    out = open_store(config.out, spool_dir=config.spool_dir)
     if not this_rank().restarts or not out.exists(job.PLAN):
         return
     current = job.open_job(out)
@@ -240,7 +240,7 @@ class _Finalized:
         self._store = store
 
     def is_done(self, unit: str) -> bool:
-        return self._store.exists(job.SUCCESS)
+        return self._store.exists(job.SUCCESS) and self._store.is_all_published()
 
     def not_done(self, units: Iterable[str]) -> list[str]:
         return [unit for unit in units if not self.is_done(unit)]

@@ -41,6 +41,8 @@ def describe(current: Job) -> Iterator[str]:
     stopped = current.stop_reason()
     if stopped is not None:
         yield f"stopped  {stopped['message']}"
+    if not current.store.is_all_published():
+        yield f"staged   in {current.store.staged_in()}: what is new is not published yet"
     yield f"state    {state(current)}"
 
 

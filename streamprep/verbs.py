@@ -133,7 +133,7 @@ def status(config: StatusConfig) -> int:
     """Print how far the job is; the exit code is the job's."""
     from streamprep import status as job_status
 
-    current = open_job(open_store(config.out))
+    current = open_job(open_store(config.out, spool_dir=config.spool_dir))
     print("\n".join(describe(current.plan.contract) if config.contract else job_status.describe(current)))
     return job_status.exit_code(current)
 
@@ -142,7 +142,7 @@ def verify(config: VerifyConfig) -> int:
     """Check an output, or packed shards, and print what is wrong."""
     from streamprep.verify import verify_job, verify_shards
 
-    store = open_store(config.out)
+    store = open_store(config.out, spool_dir=config.spool_dir)
     is_shards = store.exists(MANIFEST) and not store.exists(PLAN)
     if is_shards:
         verdict = verify_shards(store)
@@ -164,7 +164,7 @@ def finalize(config: FinalizeConfig) -> int:
     """Finalize a job whose units are all done, and print the totals."""
     from streamprep.finalize import finalize as finalize_job
 
-    _print_totals(finalize_job(open_job(open_store(config.out))), config.out)
+    _print_totals(finalize_job(open_job(open_store(config.out, spool_dir=config.spool_dir))), config.out)
     return 0
 
 

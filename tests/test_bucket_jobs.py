@@ -14,15 +14,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from forks import Forks
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
 from servers import Server
+from servers.fake_hf import READ_TOKEN, TOKEN
 from servers.fault_proxy import FaultProxy
 from servers.faults import Answer, LoseReply
 from servers.http_files import http_files
 
 from streamprep import job
 from streamprep.crashpoints import VARIABLE
-from streamprep.storage import Store, open_store
+from streamprep.storage import Store, hub, open_store
 
 pytest_plugins = ["jobs", "object_stores"]
 
@@ -48,7 +50,9 @@ def run_cli(forks: Forks) -> RunCli:
     """``run_cli("pack", ..., crash_at=...)``: a command that knows the servers which this process was pointed at."""
 
     def run(*arguments: object, crash_at: str | None = None) -> Ran:
-        environment = {name: value for name, value in os.environ.items() if name.startswith((*PROVIDERS, "TMPDIR"))}
+        environment = {
+            name: value for name, value in os.environ.items() if name.startswith((*PROVIDERS, "TMPDIR", "XDG_"))
+        }
         process = forks.run(*arguments, environment=environment | ({VARIABLE: crash_at} if crash_at else {}))
         return Ran(process.wait(), process.output)
 
@@ -101,14 +105,17 @@ def local_job(
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the commands' temporary files go, the spool among them."""
+    """Where the commands' temporary files go, the spool among them, and what is staged for the hub."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "caches"))
     return folder
 
 
-@pytest.mark.parametrize("server", [on_moto, on_seaweedfs, on_azurite, on_fake_gs])
+@pytest.mark.parametrize(
+    "server", [on_moto, on_seaweedfs, on_azurite, on_fake_gs, pytest.param("fake_hf_server", id="fake_hf")]
+)
 def test_from_bucket_to_bucket_comes_out_what_comes_out_from_folder_to_folder(
     request: pytest.FixtureRequest,
     server: str,
@@ -308,7 +315,7 @@ def test_one_place_cannot_be_both_shards_and_output(
             "--spool-dir must be a local folder",
         ),
         (("status", "https://127.0.0.1:9/out"), "did not answer"),
-        (("status", "hf://datasets/a/b"), "datasets to pack"),
+        (("status", "hf://a/b"), "only repositories of datasets"),
     ],
 )
 def test_what_cannot_be_in_a_bucket_is_said_so(
@@ -336,3 +343,229 @@ def test_a_full_spool_says_where_it_is(
     assert f"{disk}/streamprep-spool" in full.output
     assert "--spool-dir" in full.output
     shutil.rmtree(disk)
+
+
+# --- the Hugging Face hub
+
+
+def staged(temporary: Path) -> list[str]:
+    """What is left of what was to be published, locks aside."""
+    folder = temporary / "caches/streamprep/staging"
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")] if folder.exists() else []
+
+
+def published(url: str, folder: str = "") -> dict[str, bytes]:
+    """What a machine sees that has never heard of it."""
+    hub._pins.clear()
+    store = open_store(url, spool_dir="/nothing/is/staged/here")
+    return contents(store, folder)
+
+
+def commits(proxy: FaultProxy) -> int:
+    return sum(request.status == 200 for request in proxy.requests if "/commit/main" in request.target)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "commit.after",
+        *(
+            pytest.param(point, marks=pytest.mark.slow)
+            for point in (
+                *("plan", "uncond.after", "attempt.after", "data.after", "record", "record.after"),
+                *("index", "success", "success.after", "base", "base.after", "commit", "unstage", "unstage.after"),
+            )
+        ),
+    ],
+)
+def test_a_killed_job_goes_on_and_is_published_once(
+    point: str,
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    shards, out = local_job[0].url, f"{new_bucket(fake_hf_server)}/out"
+    _, proxy = faulty(fake_hf_server)
+    assert encode(run_cli, tiny_model, shards, out, crash_at=point).returncode == 137
+    is_there = point in ("commit.after", "unstage", "unstage.after")
+    assert bool(published(out, job.FOLDER)) == is_there
+    status = run_cli("status", out)
+    if point == "record.after":
+        assert status.returncode == 4
+        assert "1 of 3 done" in status.output and "what is new is not published yet" in status.output
+    goes_on = done(encode(run_cli, tiny_model, shards, out)).output
+    assert ("until all is done; then published as one commit" in goes_on) == (
+        point not in ("index", "success", "success.after", "commit", "commit.after", "unstage", "unstage.after")
+    )
+    assert commits(proxy) == 1
+    assert not staged(temporary)
+    assert published(out, "combined_parquet_dataset") == contents(local_job[1], "combined_parquet_dataset")
+    assert ": 0 problems" in done(run_cli("verify", out)).output
+    assert "state    done" in done(run_cli("status", out)).output
+    again = done(encode(run_cli, tiny_model, shards, out)).output
+    assert "3 done" in again and "staged in" not in again
+    assert commits(proxy) == 1 and not staged(temporary)
+    assert sorted(path.rpartition("/")[2] for path in published(out, job.FOLDER)) == sorted(
+        path.rpartition("/")[2] for path in contents(local_job[1], job.FOLDER)
+    )
+    refused = encode(run_cli, tiny_model, shards, out, "--num-frames", 9)
+    assert refused.returncode == 2 and "belongs to a job with other settings" in refused.output
+
+
+@pytest.mark.parametrize("point", ["pack.after", "shard_index:2", "manifest.after", "commit.after"])
+@pytest.mark.slow
+def test_killed_packing_goes_on_and_is_published_once(
+    point: str,
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    shards = f"{new_bucket(fake_hf_server)}/my shards"
+    _, proxy = faulty(fake_hf_server)
+    assert pack(run_cli, dataset, shards, crash_at=point).returncode == 137
+    assert bool(published(shards)) == (point == "commit.after")
+    done(pack(run_cli, dataset, shards))
+    assert commits(proxy) == 1 and not staged(temporary)
+    assert published(shards) == contents(local_job[0], "")
+    refused = run_cli("pack", dataset, shards, "--shard-size-mb", 2)
+    assert refused.returncode == 2 and "with other options" in refused.output
+
+
+def test_ranks_share_a_job_for_the_hub_and_publish_it_once(
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    out = f"{new_bucket(fake_hf_server)}/out"
+    _, proxy = faulty(fake_hf_server)
+    lost = proxy.inject("^POST .*/commit/main", LoseReply(), times=1)
+    slow = proxy.inject("", Answer(503), probability=0.05)
+    done(encode(run_cli, tiny_model, local_job[0].url, out, "--nproc", 2, "--stale-seconds", 10))
+    assert lost.hits == 1
+    proxy.clear()
+    assert slow is not None and commits(proxy) == 1
+    assert not staged(temporary)
+    assert published(out, "combined_parquet_dataset") == contents(local_job[1], "combined_parquet_dataset")
+
+
+@pytest.mark.slow
+def test_a_job_that_cannot_be_published_says_so_and_the_same_command_publishes_it(
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    out = f"{new_bucket(fake_hf_server)}/out"
+    _, proxy = faulty(fake_hf_server)
+    proxy.inject("^POST .*/commit/main", Answer(403))
+    failed = encode(run_cli, tiny_model, local_job[0].url, out, "--spool-dir", temporary / "spool")
+    assert failed.returncode == 1
+    assert "could not be published" in failed.output and f"all is in {temporary}/spool" in failed.output
+    assert "Traceback" not in failed.output and TOKEN not in failed.output
+    status = run_cli("status", out, "--spool-dir", temporary / "spool")
+    assert status.returncode == 4 and "3 of 3 done" in status.output
+    proxy.clear()
+    for verb in ("verify", "finalize"):
+        done(run_cli(verb, out, "--spool-dir", temporary / "spool"))
+    assert commits(proxy) == 1
+    assert "state    done" in done(run_cli("status", out)).output
+    assert published(out, "combined_parquet_dataset") == contents(local_job[1], "combined_parquet_dataset")
+
+
+def test_who_cannot_write_to_the_hub_is_told_before_anything_is_done(
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = new_bucket(fake_hf_server)
+    shards = local_job[0].url
+    missing = encode(run_cli, tiny_model, shards, "hf://datasets/fake/no-such/out")
+    assert missing.returncode == 2 and "hf repos create fake/no-such" in missing.output
+    missing = encode(run_cli, tiny_model, "hf://datasets/fake/no-such/shards", temporary / "out")
+    assert missing.returncode == 2 and "no such repository" in missing.output
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    for refused in (
+        encode(run_cli, tiny_model, shards, f"{url}/out"),
+        pack(run_cli, dataset, f"{url}/shards"),
+    ):
+        assert refused.returncode == 2 and "It must be allowed to write to the repository" in refused.output
+        assert READ_TOKEN not in refused.output
+    assert not staged(temporary)
+
+
+@pytest.mark.slow
+def test_a_unit_whose_record_was_removed_on_the_hub_is_made_again(
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    dataset: Path,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    url = new_bucket(fake_hf_server)
+    _, proxy = faulty(fake_hf_server)
+    flags = [flag for flag in FLAGS if flag != "--serial"]
+    done(run_cli("run", dataset, f"{url}/out", "--shard-size-mb", 1, "--model-path", tiny_model, *flags))
+    assert commits(proxy) == 2  # the shards, then the rest
+    assert published(f"{url}/out/_streamprep/shards") == contents(local_job[0], "")
+    repository = url.removeprefix("hf://datasets/")
+    stale = "out/combined_parquet_dataset/000001-00000-01234567.parquet"
+    operations = [CommitOperationDelete("out/_streamprep/records/000001.json"), CommitOperationAdd(stale, b"stale")]
+    HfApi().create_commit(repository, operations, commit_message="m", repo_type="dataset")
+    again = done(encode(run_cli, tiny_model, f"{url}/out/_streamprep/shards", f"{url}/out"))
+    assert "2 done" in again.output and "1 file removed" in again.output
+    assert commits(proxy) == 4 and not staged(temporary)
+    assert published(f"{url}/out", "combined_parquet_dataset") == contents(local_job[1], "combined_parquet_dataset")
+    assert ": 0 problems" in done(run_cli("verify", f"{url}/out")).output
+
+
+@pytest.mark.slow
+def test_what_was_bad_is_encoded_again_and_published_on_top(
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    out = f"{new_bucket(fake_hf_server)}/out"
+    _, proxy = faulty(fake_hf_server)
+    shards = shutil.copytree(local_job[0].url, temporary / "shards")
+    whole = (shards / "000001.tar").read_bytes()
+    (shards / "000001.tar").write_bytes(whole[:5000] + bytes(byte ^ 1 for byte in whole[5000:5010]) + whole[5010:])
+    assert "bad 1: 1 digest_mismatch" in done(encode(run_cli, tiny_model, shards, out)).output
+    first = published(out, "combined_parquet_dataset")
+    (shards / "000001.tar").write_bytes(whole)
+    killed = run_cli("retry", out, crash_at="record.after")
+    assert killed.returncode == 137
+    assert "r1: 1 sample again" in run_cli("status", out).output
+    assert ": 0 problems" not in run_cli("verify", out).output  # it is not published yet; what is, is read too
+    assert "1 encoded" in done(run_cli("retry", out)).output
+    assert commits(proxy) == 2 and not staged(temporary)
+    now = published(out, "combined_parquet_dataset")
+    assert first.items() < now.items()
+    assert rows(open_store(out)) == rows(local_job[1])
+    assert ": 0 problems" in done(run_cli("verify", out)).output

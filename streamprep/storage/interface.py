@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -197,6 +197,22 @@ class Store(Protocol):
 
     def remove_unpublished(self) -> None:
         """Remove what processes of this machine that died left half written; files of living ones stay."""
+
+    # --- a store that is seen by others only when all is done
+
+    def staged_in(self) -> Path | None:
+        """The local folder where files lie until `publish_all`; None if each is seen as soon as it is written."""
+
+    def is_all_published(self) -> bool:
+        """Whether others see all that was written."""
+
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
+        """Make others see all that was written, at once; nothing if they do. Several processes may call it.
+
+        Args:
+            summary: A file that names all others by their digests: where others see the same, it has been done.
+            leave_out: Folders that do not belong to the result.
+        """
 
 
 def parts_of(path: str, *, below: str) -> PurePosixPath:

@@ -13,7 +13,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -182,6 +182,17 @@ class LocalStore:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
+
+    def staged_in(self) -> Path | None:
+        """None: a file is seen as soon as it is written."""
+        return None
+
+    def is_all_published(self) -> bool:
+        """Yes."""
+        return True
+
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
+        """Nothing."""
 
     def _resolve(self, path: str) -> Path:
         return self.root / parts_of(path, below=self.url)

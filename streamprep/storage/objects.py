@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from errno import ENOENT, ENOSPC
@@ -267,6 +267,17 @@ class ObjectStore:
     def remove_unpublished(self) -> None:
         """Remove from the spool what processes of this machine that died have left there."""
         self.spool.remove_unpublished()
+
+    def staged_in(self) -> Path | None:
+        """None: an object is seen as soon as it is written."""
+        return None
+
+    def is_all_published(self) -> bool:
+        """Yes."""
+        return True
+
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
+        """Nothing."""
 
     # --- requests
 

@@ -1,4 +1,4 @@
-"""What every store promises: a local folder, and a bucket of every server there is for tests."""
+"""What every store promises: a folder, a bucket of every server there is for tests, and what is staged for the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import obstore
 import pytest
-from object_stores import NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
+from object_stores import NewBucket, on_azurite, on_fake_gs, on_fake_hf, on_moto, on_seaweedfs
 
 from streamprep.storage import FileReplaced, LocalStore, Store, open_store
 from streamprep.storage.objects import ObjectStore
@@ -59,7 +59,7 @@ print(*(n for n in range(20) if store.put_if_absent(f"prizes/{n}", me.encode(), 
 """
 
 
-@pytest.fixture(params=["local", on_moto, on_seaweedfs, on_azurite, on_fake_gs])
+@pytest.fixture(params=["local", on_moto, on_seaweedfs, on_azurite, on_fake_gs, on_fake_hf])
 def store(
     request: pytest.FixtureRequest, tmp_path: Path, new_bucket: NewBucket, monkeypatch: pytest.MonkeyPatch
 ) -> Store:
@@ -67,6 +67,7 @@ def store(
         return open_store(tmp_path / "store")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return open_store(f"{new_bucket(request.getfixturevalue(request.param))}/a prefix/store")
 
@@ -75,16 +76,22 @@ def files(store: Store) -> list[str]:
     """All that can be seen."""
     if isinstance(store, ObjectStore):
         return sorted(one["path"] for page in obstore.list(connect(store.place)) for one in page)
-    root = store.local_path()
-    assert root is not None
+    root = store.local_path() or staged(store)
     paths = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     return sorted(path for path in paths if not path.startswith(".tmp/"))
 
 
+def staged(store: Store) -> Path:
+    """Where files lie that are for the hub."""
+    folder = store.staged_in()
+    assert folder is not None
+    return folder / "files"
+
+
 def unpublished(store: Store) -> list[Path]:
     """Files that are being built, or were when their process died."""
-    folder = store.spool if isinstance(store, ObjectStore) else store
-    return list((folder.root / ".tmp").glob("*"))
+    root = store.spool.root if isinstance(store, ObjectStore) else store.local_path() or staged(store)
+    return list((root / ".tmp").glob("*"))
 
 
 def publish(store: Store, path: str, data: bytes, *, replace: bool = True) -> bool:
@@ -359,8 +366,8 @@ def test_a_version_is_that_of_all_parts(store: Store) -> None:
 
 def test_a_files_version_changes_with_its_bytes(store: Store) -> None:
     store.put("file", b"1", step="data")
-    if isinstance(store, LocalStore):
-        os.utime(store.root / "file", (0, 0))
+    if not isinstance(store, ObjectStore):
+        os.utime((store.local_path() or staged(store)) / "file", (0, 0))
     (before,) = store.list()
     store.put("file", b"2", step="data")
     (after,) = store.list()
