@@ -16,13 +16,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from errno import ENOENT, ENOSPC
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
 
 import obstore
 import obstore.exceptions
@@ -38,6 +39,8 @@ from streamprep.storage.troubles import ERRORS, understand
 if TYPE_CHECKING:
     from streamprep.storage.places import Client
 
+T = TypeVar("T")
+
 _PIECE_BYTES = 16 * 2**20
 """Larger reads are several requests side by side: each is soon done, within the time that one may take."""
 _PIECES_AT_ONCE = 4
@@ -48,6 +51,9 @@ _PARTS_AT_ONCE = 4
 _ATTEMPTS = 3
 """Of a whole upload; each request in it is sent again by the client first."""
 _LIST_PAGE = 1000
+_PROBES = ".tmp"
+_LONGEST_PROBE = timedelta(hours=1)
+"""It takes seconds; a clock may be wrong, and a probe that is removed too early tells lies."""
 _SPOOL_RESERVE_BYTES = 64 * 2**20
 
 
@@ -153,9 +159,8 @@ class ObjectStore:
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """The objects directly below a prefix whose names begin so, sorted."""
         key = self._key(folder) if folder else None
-        with self._request(folder) as client:
-            found = obstore.list_with_delimiter(client, key)["objects"]
-        self.stats.count("list", number=1 + len(found) // _LIST_PAGE)
+        found = self._ask("list", folder, lambda client: obstore.list_with_delimiter(client, key))["objects"]
+        self.stats.count("list", number=len(found) // _LIST_PAGE)
         self._bucket_seen = True
         start = f"{folder}/{prefix}" if folder else prefix
         entries = [
@@ -193,7 +198,7 @@ class ObjectStore:
 
     def check_create_only(self) -> bool:
         """Create one object twice: where that works, the store takes no notice of conditions."""
-        path = f".tmp/probe-{uuid.uuid4().hex}"
+        path = f"{_PROBES}/probe-{uuid.uuid4().hex}"
         try:
             honoured = self._create_until_refused(path)
             self._delete(path)
@@ -236,8 +241,12 @@ class ObjectStore:
         """Nothing: there are no folders, only names that begin alike."""
 
     def remove_unpublished(self) -> None:
-        """Remove from the spool what processes of this machine that died have left there."""
+        """Remove what died with a process: files in the spool of this machine, and old probes in the bucket."""
         self.spool.remove_unpublished()
+        long_ago = datetime.now(UTC) - _LONGEST_PROBE
+        for one in self._ask("list", _PROBES, lambda client: obstore.list_with_delimiter(client, _PROBES))["objects"]:
+            if str(one["path"]).startswith(f"{_PROBES}/probe-") and one["last_modified"] < long_ago:
+                self._delete(str(one["path"]))
 
     # --- requests
 
@@ -318,12 +327,26 @@ class ObjectStore:
         return found
 
     def _delete(self, path: str) -> None:
-        try:
-            with self._request(path) as client:
-                obstore.delete(client, path)
-        except FileNotFoundError:
-            pass
-        self.stats.count("delete")
+        with suppress(FileNotFoundError):
+            self._ask("delete", path, lambda client: obstore.delete(client, path))
+
+    def _ask(self, kind: str, path: str, ask: Callable[[Client], T]) -> T:
+        """Make a request that does no harm when it is made twice.
+
+        The client does not send again what was cut off in the middle of a listing, nor a deletion, which is a POST.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                with self._request(path) as client:
+                    return ask(client)
+            except StoreError as error:
+                if not error.passing or attempt == _ATTEMPTS:
+                    raise
+            finally:
+                self.stats.count(kind)
+            time.sleep(0.2 * 2**attempt)
 
     def _count_put(self, size: int, part: int | None = None) -> None:
         number = 1 if part is None or size <= _MULTIPART_ABOVE else 2 + -(-size // part)
