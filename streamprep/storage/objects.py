@@ -367,12 +367,12 @@ class ObjectStore:
 
     def _raise(self, error: Exception, path: str, *, writes: bool) -> NoReturn:
         url = self._url(path)
-        if isinstance(error, FileNotFoundError) and not writes:
-            self._check_bucket()
-            raise FileNotFoundError(ENOENT, "there is no such object", url) from None
         if isinstance(error, obstore.exceptions.PreconditionError):
             raise StoreError(url, "it was replaced while it was read") from None
         trouble = understand(error, self.place)
+        if trouble.kind == "missing" and not writes:  # perhaps deleted between two halves of a reply that broke off
+            self._check_bucket()
+            raise FileNotFoundError(ENOENT, "there is no such object", url) from None
         if trouble.kind == "too short":
             raise _TooShort from None
         if trouble.kind == "unsupported":

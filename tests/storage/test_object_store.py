@@ -86,6 +86,15 @@ def test_trouble_that_passes_is_not_seen(bucket: tuple[ObjectStore, FaultProxy],
     assert sum(rule.hits for rule in rules) == 4
 
 
+def test_what_is_deleted_while_it_is_read_is_not_there(bucket: tuple[ObjectStore, FaultProxy]) -> None:
+    """The client says so in another way if it had half of it: a rank ended by it, as a mark was withdrawn just then."""
+    store, proxy = bucket
+    proxy.inject("^GET ", CutReply(), times=1)
+    proxy.inject("^GET .*there", Answer(404, code="NoSuchKey"))
+    with pytest.raises(FileNotFoundError, match="there is no such object"):
+        store.read("there")
+
+
 @pytest.mark.parametrize(
     "fault",
     [CutReply(), CutReply(reset=False), StallReply(30), LoseReply(), Reset()],
