@@ -15,6 +15,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Many tests start several processes of their own.
+TEST_PROCESSES ?= 2
+
 DATASET ?=
 MODEL ?=
 DEMO ?= $(if $(DATASET)$(MODEL),demo-own,demo)
@@ -30,10 +33,10 @@ demo: $(READY)
 	BIN=$(BIN) tools/demo.sh $(DEMO) "$(DATASET)" "$(MODEL)" $(DEMO_FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check

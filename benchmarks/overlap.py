@@ -114,6 +114,7 @@ def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     from streamprep.config import EncodeConfig
     from streamprep.encode import run
     from streamprep.job import open_job
+    from streamprep.manifest import open_shards
     from streamprep.settle import settle
     from streamprep.storage import open_store
 
@@ -131,7 +132,7 @@ def _one_job(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     )
     shutil.rmtree(args.work / "out", ignore_errors=True)
     encoder = StandIn(args.seconds_per_clip, num_frames=args.num_frames)
-    shards, out = open_store(config.shards), open_store(config.out)
+    shards, out = open_shards(config.shards), open_store(config.out)
     with redirect_stderr(io.StringIO()) as log:
         began = time.perf_counter()
         run(settle(config, out), shards, out, encoder)

@@ -210,6 +210,7 @@ def _one_rank(args: argparse.Namespace, mode: str) -> dict[str, float]:
     from streamprep.board import open_board
     from streamprep.config import EncodeConfig
     from streamprep.encode import run
+    from streamprep.manifest import open_shards
     from streamprep.ranks import this_rank
     from streamprep.settle import settle
     from streamprep.storage import open_store
@@ -237,7 +238,7 @@ def _one_rank(args: argparse.Namespace, mode: str) -> dict[str, float]:
         encode_threads=1,
     )
     encoder = StandIn(args.seconds_per_clip, num_frames=NUM_FRAMES, text_shape=(8, 64), begin=wait_for_all)
-    shards, out = open_store(config.shards), open_store(config.out)
+    shards, out = open_shards(config.shards), open_store(config.out)
     apart = time.time() - time.perf_counter()  # logs tell the time of day
     run(settle(config, out), shards, out, encoder, board)
     return {

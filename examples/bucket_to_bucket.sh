@@ -149,7 +149,8 @@ import pyarrow.dataset as ds
 from pyarrow.fs import S3FileSystem
 endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
 region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-s3 = S3FileSystem(region=region, **({"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}))
+at = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
+s3 = S3FileSystem(region=region, **at)
 dataset = ds.dataset(sys.argv[1].removeprefix("s3://"), filesystem=s3, format="parquet")
 columns = ["id", "caption", "vae_latent_shape", "text_embedding_shape"]
 for row in dataset.head(3, columns=columns).to_pylist():

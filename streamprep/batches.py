@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamprep.cache import Cache
 from streamprep.columns import keep
 from streamprep.commit import EncodedBatch
 from streamprep.config import EncodeConfig
@@ -102,9 +103,10 @@ def collate(
     buffers: FrameBuffers,
     *,
     batch_size: int,
+    cache: Cache | None = None,
 ) -> Iterator[DecodedBatch]:
     """Decode the units' clips, look at their frames, and put them together in their planned batches."""
-    results = decode_units(shards, units, decoder)
+    results = decode_units(shards, units, decoder, cache)
     for unit, first, decoded in results:
         for batch in unit.batches(batch_size):
             clips = {place: clip for place, clip in enumerate(batch) if clip is not None}

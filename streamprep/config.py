@@ -251,7 +251,21 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchSettings(StoreSettings):
+class CacheSettings:
+    """Where to keep what was read; nothing of it shows in the output."""
+
+    cache_dir: str | None = None
+    """Local folder to keep the encoded videos that were read, for further jobs, ranks or passes over the same ones."""
+    cache_gb: float = 100.0
+    """Most to keep in --cache-dir, in GB; what was used longest ago goes first."""
+
+    def __post_init__(self) -> None:
+        _local_folder(cache_dir=self.cache_dir)
+        _above_zero(cache_gb=self.cache_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSettings(StoreSettings, CacheSettings):
     """How many processes a job runs in, and how they go along with each other; nothing of it shows in the output."""
 
     nproc: str = "1"
@@ -274,6 +288,7 @@ class LaunchSettings(StoreSettings):
 
     def __post_init__(self) -> None:
         StoreSettings.__post_init__(self)
+        CacheSettings.__post_init__(self)
         _local_folder(log_dir=self.log_dir)
         if self.nproc != "auto" and not (self.nproc.isdecimal() and int(self.nproc) >= 1):
             raise UserError(f"--nproc must be a number from 1, or auto, got {self.nproc!r}")
@@ -297,7 +312,8 @@ class EncodeConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards", "out")
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..."""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..., or some of its
+    tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
 
@@ -317,9 +333,10 @@ class PlanConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards",)
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..."""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..., or some of its
+    tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
     out: str | None = None
-    """Write every decision to this Parquet file."""
+    """Write every decision to this Parquet file: a path, or a URL in a bucket."""
 
     def __post_init__(self) -> None:
         EncodeSettings.__post_init__(self)

@@ -24,6 +24,7 @@ import safetensors.torch
 from streamprep import canonical, job
 from streamprep.batches import FrameBuffers, batches_of_texts, collate, encode_batches
 from streamprep.board import Board
+from streamprep.cache import describe_cache, open_cache
 from streamprep.claims import Claims
 from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
@@ -35,7 +36,7 @@ from streamprep.errors import UserError
 from streamprep.filters import Filters
 from streamprep.finalize import Totals
 from streamprep.job import Job, JobPlan, Unit
-from streamprep.manifest import load_manifest
+from streamprep.manifest import Shards, open_shards
 from streamprep.pipeline import Pipeline
 from streamprep.plan import SamplingRules
 from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
@@ -71,8 +72,8 @@ def encode(config: EncodeConfig, board: Board | None = None) -> Totals:
         LatentMismatch: if what is encoded contradicts itself.
         UnitsSetAside: if all is done but what kills every process that tries it.
     """
-    shards, out = open_store(config.shards), open_store(config.out, spool_dir=config.spool_dir)
-    if shards.same_place(out):
+    shards, out = open_shards(config.shards), open_store(config.out, spool_dir=config.spool_dir)
+    if shards.store.same_place(out):
         raise UserError(f"{config.out} is the folder of the shards: encode into another one")
     config = settle(config, out)
     load_exporter(config)
@@ -97,12 +98,12 @@ def encode_again(
     Raises:
         UserError: before anything is written, if model or shards are not those of the job.
     """
-    shards = open_store(config.shards)
+    shards = open_shards(config.shards)
     config = settle(config, current.store)
     encoder = open_encoder(config.model_path, options_of(config))
-    manifest, rules = load_manifest(shards), rules_of(config, encoder.contract)
-    job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, manifest))
-    filters = open_filters(shards, manifest, rules)
+    rules = rules_of(config, encoder.contract)
+    job.check_same(current.store, current.plan.fingerprint, fingerprint(config, encoder.contract, shards.manifest))
+    filters = open_filters(shards, rules)
     check_writable(current.store, only_writer=config.only_writer)
     with open_session(config, current.store, encoder.contract, board, heeds_stop=False) as session:
         session.progress.total = sum(unit.num_clips for unit in units)
@@ -113,10 +114,10 @@ def encode_again(
             current.store.remove_unpublished()
             committer = _committer(current, config, session, max_bad_fraction=None)
             with committer:
-                _encode_units(units, name, rules, filters, committer, session, config, shards, machinery)
+                _encode_units(units, name, rules, filters, committer, session, config, shards.store, machinery)
 
 
-def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board: Board | None = None) -> Totals:
+def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, board: Board | None = None) -> Totals:
     """Encode the units that have no record, until none is left that this or another rank could do; then finalize.
 
     Args:
@@ -133,9 +134,8 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board
         UnitsSetAside: if all is done but what kills every process that tries it.
     """
     rules = rules_of(config, encoder.contract)
-    manifest = load_manifest(shards)
-    begun = job.find_job(out, fingerprint(config, encoder.contract, manifest))
-    filters = open_filters(shards, manifest, rules)
+    begun = job.find_job(out, fingerprint(config, encoder.contract, shards.manifest))
+    filters = open_filters(shards, rules)
     plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract, filters)
     was_finalized = out.exists(job.SUCCESS)  # looked at first, lest another rank's that is true be deleted
     units = begun.unfinished() if begun else list(plan.units)
@@ -158,10 +158,12 @@ def run(config: EncodeConfig, shards: Store, out: Store, encoder: Encoder, board
             with _committer(current, config, session, max_bad_fraction=config.max_bad_fraction) as committer:
                 if machinery is not None:
                     all_units = [unit for unit in plan.units if unit.num_clips]
-                    _encode_units(all_units, "encode", rules, filters, committer, session, config, shards, machinery)
+                    _encode_units(
+                        all_units, "encode", rules, filters, committer, session, config, shards.store, machinery
+                    )
                 for unit in units:
                     if not unit.num_clips and not current.is_done(unit.id):
-                        committer.commit(replan(shards, unit, rules, filters))
+                        committer.commit(replan(shards.store, unit, rules, filters))
                 return end(current, session, committer, anew=not units)
 
 
@@ -205,11 +207,12 @@ def _encode_units(
         by_id = {unit.id: unit for unit in units}
         plans = (replan(shards, by_id[unit], rules, filters) for unit in claims)
         buffers = FrameBuffers(pin=config.device != "cpu")
+        cache = open_cache(config.cache_dir, config.cache_gb)
         if encoder.contract.video is None:
             batches = batches_of_texts(plans)
         else:
             batch_size = config.preprocess_video_batch_size
-            collated = collate(shards, plans, decoder, filters, buffers, batch_size=batch_size)
+            collated = collate(shards, plans, decoder, filters, buffers, batch_size=batch_size, cache=cache)
             batches = pipeline.stage("collate", collated, max_items=1)
         encoded = encode_batches(batches, encoder, buffers, config, current.plan.columns)
         for batch in pipeline.stage("encode", encoded, max_items=2):
@@ -221,7 +224,8 @@ def _encode_units(
                 stop.obey()
                 session.obey_others(current)
         stop.obey()
-        report = "\n".join((_stage_report(machinery, claims), *describe_traffic(shards, current.store)))
+        of_cache = describe_cache(cache) if cache else ()
+        report = "\n".join((_stage_report(machinery, claims), *of_cache, *describe_traffic(shards, current.store)))
         session.log.event("idle", report=report)
         session.progress.message(report)
     stop.obey()

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -55,7 +55,9 @@ def finalize(current: Job) -> Totals:
             f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
         )
     records = list(current.records())
-    _delete_leftovers(current)
+    for path in leftovers(current, records):
+        current.store.delete(path, step="delete")
+    current.store.remove_unpublished()
     current.store.put(job.INDEX, _index(records), step="index")
     result = _total(records)
     current.store.put(job.SUCCESS, _success(records), step="success")
@@ -82,9 +84,9 @@ def read_totals(store: Store) -> Totals:
     return Totals(**{field.name: value[field.name] for field in dataclasses.fields(Totals)})
 
 
-def leftovers(current: Job) -> list[str]:
+def leftovers(current: Job, records: Iterable[Record] | None = None) -> list[str]:
     """Files of units that have a record which does not name them: a killed process's, or the loser's of a race."""
-    records = list(current.records())
+    records = list(current.records() if records is None else records)
     committed = {record.unit for record in records}
     named = {name for record in records for name in named_files(record)}
     found = []
@@ -94,12 +96,6 @@ def leftovers(current: Job) -> list[str]:
             if match and match["unit"] in committed and entry.path not in named:
                 found.append(entry.path)
     return found
-
-
-def _delete_leftovers(current: Job) -> None:
-    for path in leftovers(current):
-        current.store.delete(path, step="delete")
-    current.store.remove_unpublished()
 
 
 def _total(records: Sequence[Record]) -> Totals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ from streamprep.config import EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.filters import Filters
-from streamprep.manifest import load_manifest
+from streamprep.manifest import Shards
 from streamprep.plan import ClipPlan, TextPlan, UnitPlan, explain, is_drop
 from streamprep.prepare import column_problem, open_filters, plan_shards, rules_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardSample
-from streamprep.storage import Store
+from streamprep.storage import is_remote, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +63,7 @@ class Forecast:
     """One for each row of the output and each sample or caption that is left out, if they are asked for."""
 
 
-def forecast(shards: Store, config: EncodeSettings, contract: LatentContract, *, with_decisions: bool) -> Forecast:
+def forecast(shards: Shards, config: EncodeSettings, contract: LatentContract, *, with_decisions: bool) -> Forecast:
     """Plan a job.
 
     Args:
@@ -75,9 +76,9 @@ def forecast(shards: Store, config: EncodeSettings, contract: LatentContract, *,
         UserError: if the settings, model or shards cannot be used.
     """
     result = Forecast(decisions=[] if with_decisions else None)
-    manifest, rules, columns = load_manifest(shards), rules_of(config, contract), ColumnTypes(config.keep_columns)
-    filters = open_filters(shards, manifest, rules)
-    for shard in plan_shards(shards, manifest, rules, filters, config.max_samples):
+    rules, columns = rules_of(config, contract), ColumnTypes(config.keep_columns)
+    filters = open_filters(shards, rules)
+    for shard in plan_shards(shards, rules, filters, config.max_samples):
         _add(result, shard.plan, {sample.key: sample for sample in shard.index.samples})
         columns.see(shard.index.samples)
     result.columns = columns.types(problem=column_problem(config))
@@ -130,6 +131,10 @@ def table(result: Forecast) -> pa.Table:
 def write_table(result: Forecast, path: str) -> None:
     """Write `table` as Parquet.
 
+    Args:
+        result: With its decisions.
+        path: Of a local file, or the URL of one in a bucket.
+
     Raises:
         UserError: if the file cannot be written.
     """
@@ -137,6 +142,12 @@ def write_table(result: Forecast, path: str) -> None:
 
     if not path.endswith(".parquet"):
         raise UserError(f"--out {path}: it is a Parquet file: call it *.parquet")
+    if is_remote(path):
+        sink = io.BytesIO()
+        pq.write_table(table(result), sink, compression="zstd")
+        folder, _, name = path.rpartition("/")
+        open_store(folder).put(name, sink.getvalue(), step="data")
+        return
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f"--out {path}: there is no such folder")
     try:

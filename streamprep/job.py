@@ -25,9 +25,10 @@ from typing import Any
 import zstandard
 
 from streamprep import canonical
+from streamprep.ahead import fetch_ahead
 from streamprep.errors import UserError
 from streamprep.record import BadClip, QuarantineFile, Record
-from streamprep.storage import Store
+from streamprep.storage import FileEntry, Store
 
 FOLDER = "_streamprep"
 PLAN = f"{FOLDER}/plan.json"
@@ -45,6 +46,8 @@ UNIT_FILE = re.compile(r"(?P<unit>\d{6}(\.r\d+)?)-(\d{5}-)?[0-9a-f]{8}\.[a-z.]+"
 """The only names `finalize` may delete: a unit's data file or quarantine file, which carry their content's digest."""
 
 _RECORD_FILE = re.compile(rf"{RECORDS}/\d{{6}}(\.r\d+)?\.json")
+_READ_AT_ONCE = 16
+_READ_AHEAD_BYTES = 64 * 2**20
 _RETRY_FILE = re.compile(rf"{RETRIES}/r\d+\.json")
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -188,10 +191,9 @@ class Job:
 
     def records(self) -> Iterator[Record]:
         """All records there are."""
-        for entry in self.store.list(RECORDS):
-            if not _RECORD_FILE.fullmatch(entry.path):  # .nfs0000..., .DS_Store
-                continue
-            yield Record.from_json(self.store.read(entry.path))
+        listed = self.store.list(RECORDS)
+        entries = [entry for entry in listed if _RECORD_FILE.fullmatch(entry.path)]  # .nfs0000..., .DS_Store
+        yield from map(Record.from_json, _read_all(self.store, entries))
 
     def unfinished(self) -> list[Unit]:
         """The units of the plan without a record, in its order."""
@@ -336,6 +338,20 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def _read_all(store: Store, entries: Sequence[FileEntry]) -> Iterator[bytes]:
+    """The contents of files, in their order; from a bucket several come at once."""
+    if store.local_path() is not None:
+        return (store.read(entry.path) for entry in entries)
+    fetched = fetch_ahead(
+        entries,
+        lambda entry: store.read(entry.path),
+        size_bytes=lambda entry: entry.size_bytes,
+        max_bytes=_READ_AHEAD_BYTES,
+        num_threads=_READ_AT_ONCE,
+    )
+    return (data for _, data in fetched)
 
 
 def bad_now(records: Iterable[Record]) -> dict[str, int]:

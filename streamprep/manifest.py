@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from braceexpand import braceexpand
+
 from streamprep import canonical
+from streamprep.ahead import fetch_ahead
 from streamprep.errors import UserError
 from streamprep.shards import ShardIndex, index_name
-from streamprep.storage import Store
+from streamprep.storage import Store, open_store
 
 FORMAT = "streamprep-shards/1"
 MANIFEST = "manifest.json"
 PACK = "pack.json"
+_MOST_NAMES = 10**6
+_INDEXES_AT_ONCE = 16
+_INDEX_BYTES_AHEAD = 64 * 2**20
+_SAMPLE_BYTES = 1024  # in an index, roughly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +63,58 @@ class Manifest:
             "shards": [asdict(shard) for shard in self.shards],
         }
         return canonical.to_pretty_json(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """What SHARDS on the command line names: a folder with its manifest, or some of its tars."""
+
+    url: str
+    """Of the folder, with the pattern if there was one."""
+    store: Store
+    manifest: Manifest
+    """Of those that are chosen."""
+
+
+def open_shards(url: str) -> Shards:
+    """Packed shards, all of a folder or those of a brace pattern.
+
+    Args:
+        url: A folder or its URL; or of a tar in it, with braces for several: ``s3://bucket/{000000..000099}.tar``.
+
+    Raises:
+        UserError: if there is no manifest, or it lacks a tar that the pattern names.
+    """
+    if not (url.endswith(".tar") or "{" in url) or Path(url).is_dir():
+        store = open_store(url)
+        return Shards(url=store.url, store=store, manifest=load_manifest(store))
+    folder, _, pattern = url.rpartition("/")
+    if "{" in folder:
+        raise UserError(f"{url}: a pattern may have braces in the tars' names, not in the folder's: one SHARDS each")
+    names = _expand(url, pattern)
+    store = open_store(folder or ".")
+    manifest = load_manifest(store)
+    known = {shard.name for shard in manifest.shards}
+    if unknown := sorted(names - known):
+        raise UserError(
+            f"{url}: {store.url}/{MANIFEST} names no {unknown[0]}"
+            + (f", and {len(unknown) - 1} more of the pattern" if len(unknown) > 1 else "")
+            + f"; it has {len(known)}, from {min(known)} to {max(known)}"
+        )
+    chosen = tuple(shard for shard in manifest.shards if shard.name in names)
+    return Shards(url=f"{store.url}/{pattern}", store=store, manifest=Manifest(shards=chosen))
+
+
+def _expand(url: str, pattern: str) -> set[str]:
+    try:
+        names = list(itertools.islice(braceexpand(pattern), _MOST_NAMES + 1))
+    except ValueError as error:
+        raise UserError(f"{url}: its braces do not match: {error}") from error
+    if len(names) > _MOST_NAMES:
+        raise UserError(f"{url} stands for more than {_MOST_NAMES} tars")
+    if no_tar := [name for name in names if not name.endswith(".tar") or "{" in name or "}" in name]:
+        raise UserError(f"{url}: {no_tar[0]!r} is no tar; a pattern is like {{000000..000099}}.tar")
+    return set(names)
 
 
 def load_manifest(store: Store) -> Manifest:
@@ -95,6 +157,23 @@ def load_index(store: Store, shard: ShardInfo) -> ShardIndex:
         UserError: if it has changed since, or the tar has.
     """
     return read_index(store, shard.name, sha256=shard.index_sha256)
+
+
+def load_indexes(store: Store, shards: Sequence[ShardInfo]) -> Iterator[tuple[ShardInfo, ShardIndex]]:
+    """The indexes of shards, in their order; from a bucket several are fetched at once.
+
+    Raises:
+        UserError: as `load_index`.
+    """
+    if store.local_path() is not None or len(shards) == 1:
+        return ((shard, load_index(store, shard)) for shard in shards)
+    return fetch_ahead(
+        shards,
+        lambda shard: load_index(store, shard),
+        size_bytes=lambda shard: _SAMPLE_BYTES * shard.num_samples,
+        max_bytes=_INDEX_BYTES_AHEAD,
+        num_threads=_INDEXES_AT_ONCE,
+    )
 
 
 def read_index(store: Store, shard: str, *, sha256: str) -> ShardIndex:

@@ -19,22 +19,22 @@ from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.filters import Filters
 from streamprep.job import Fingerprint, JobPlan, Unit
-from streamprep.manifest import Manifest, ShardInfo, load_index, load_manifest, read_index
+from streamprep.manifest import Manifest, ShardInfo, Shards, load_indexes, read_index
 from streamprep.plan import SamplingRules, UnitPlan, explain, plan_unit, where_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardIndex, ShardSample
 from streamprep.storage import Store
 
 
-def plan_job(config: EncodeConfig, shards: Store, out: Store, contract: LatentContract, filters: Filters) -> JobPlan:
+def plan_job(config: EncodeConfig, shards: Shards, out: Store, contract: LatentContract, filters: Filters) -> JobPlan:
     """Decide what is to be encoded; nothing is written.
 
     Raises:
         UserError: if nothing would be encoded, the exporter cannot hold it, or the disk is too small.
     """
-    exporter, manifest, rules = load_exporter(config), load_manifest(shards), rules_of(config, contract)
+    exporter, manifest, rules = load_exporter(config), shards.manifest, rules_of(config, contract)
     units, reasons, columns = [], Counter[str](), ColumnTypes(config.keep_columns)
-    for shard in plan_shards(shards, manifest, rules, filters, config.max_samples):
+    for shard in plan_shards(shards, rules, filters, config.max_samples):
         units.append(_unit(shard, contract))
         columns.see(shard.index.samples)
         reasons.update(item.reason for item in shard.plan.dropped + shard.plan.bad)
@@ -69,7 +69,7 @@ class PlannedShard:
 
 
 def plan_shards(
-    shards: Store, manifest: Manifest, rules: SamplingRules, filters: Filters, max_samples: int | None
+    shards: Shards, rules: SamplingRules, filters: Filters, max_samples: int | None
 ) -> Iterator[PlannedShard]:
     """Decide about every shard, in the manifest's order.
 
@@ -78,22 +78,23 @@ def plan_shards(
     """
     where_of.cache_clear()  # it remembers the columns of the shards that were planned before
     left = max_samples
-    for number, info in enumerate(manifest.shards):
+    for number, (info, index) in enumerate(load_indexes(shards.store, shards.manifest.shards)):
         if left == 0:
             break
-        index = load_index(shards, info)
         plan = plan_unit(f"{number:06d}", index, rules, filters, limit=left)
         yield PlannedShard(info=info, index=index, plan=plan, limit=left if len(plan.samples) == left else None)
         left = None if left is None else left - len(plan.samples)
     if rules.where:
         where = where_of(rules)
-        for info in manifest.shards:  # the limit may have left out those that have the column
-            if where.unknown:
-                where.keys_of(load_index(shards, info).samples)
+        if where.unknown:  # the limit may have left out those that have the column
+            for _, index in load_indexes(shards.store, shards.manifest.shards):
+                where.keys_of(index.samples)
+                if not where.unknown:
+                    break
         where.check_known()
 
 
-def open_filters(shards: Store, manifest: Manifest, rules: SamplingRules) -> Filters:
+def open_filters(shards: Shards, rules: SamplingRules) -> Filters:
     """The filters of the rules; those that must see all samples read every index.
 
     Raises:
@@ -101,8 +102,7 @@ def open_filters(shards: Store, manifest: Manifest, rules: SamplingRules) -> Fil
     """
 
     def samples_left_by(filters: Filters) -> Iterator[ShardSample]:
-        for info in manifest.shards:
-            index = load_index(shards, info)
+        for _, index in load_indexes(shards.store, shards.manifest.shards):
             planned = {sample.key.partition("#")[0] for sample in plan_unit("", index, rules, filters).samples}
             yield from (sample for sample in index.samples if sample.key in planned)
 

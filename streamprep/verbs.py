@@ -22,7 +22,7 @@ from streamprep.config import (
 )
 from streamprep.contract import describe
 from streamprep.job import PLAN, open_job
-from streamprep.manifest import MANIFEST
+from streamprep.manifest import MANIFEST, open_shards
 from streamprep.pack import pack as pack_dataset
 from streamprep.progress import by_reason, count, size
 from streamprep.ranks import this_rank
@@ -53,7 +53,7 @@ def plan(config: PlanConfig) -> int:
 
     load_exporter(config)
     contract = describe_model(config)
-    result = forecast.forecast(open_store(config.shards), config, contract, with_decisions=config.out is not None)
+    result = forecast.forecast(open_shards(config.shards), config, contract, with_decisions=config.out is not None)
     if config.out is not None:
         forecast.write_table(result, config.out)
     print("\n".join(forecast.describe(result, config, contract)))

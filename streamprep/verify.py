@@ -251,7 +251,7 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     if not current.store.exists(job.SUCCESS):
         yield f"{job.SUCCESS} is missing: run `streamprep finalize`"
         return
-    yield from (f"{path}: no record names it: run `streamprep finalize`" for path in leftovers(current))
+    yield from (f"{path}: no record names it: run `streamprep finalize`" for path in leftovers(current, records))
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from forks import Forks
 from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
@@ -141,6 +142,20 @@ def test_from_bucket_to_bucket_comes_out_what_comes_out_from_folder_to_folder(
     assert data == contents(local_job[1], "combined_parquet_dataset")
     assert not list(open_store(out).list(".tmp"))
     assert not list(temporary.rglob("*.tmp"))
+
+
+def test_a_plan_of_a_bucket_goes_into_one(
+    moto_server: Server, new_bucket: NewBucket, local_job: tuple[Store, Store], tiny_model: Path, run_cli: RunCli
+) -> None:
+    bucket = new_bucket(moto_server)
+    shards = open_store(f"{bucket}/shards")
+    for path, data in contents(local_job[0], "").items():
+        shards.put(path, data, step="data")
+    table = f"{bucket}/plans/all.parquet"
+    planned = done(run_cli("plan", shards.url, "--model-path", tiny_model, "--out", table, *FLAGS)).output
+    assert "5 clips" in planned
+    with open_store(f"{bucket}/plans").open("all.parquet") as file:
+        assert pq.read_table(file)["decision"].to_pylist() == ["encode"] * NUM_VIDEOS
 
 
 @pytest.mark.parametrize("point", ["plan", "uncond.after", "attempt.after", "data.after", "record", "record.after"])

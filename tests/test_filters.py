@@ -26,11 +26,10 @@ from streamprep.config import EncodeConfig
 from streamprep.decode import decode_clip
 from streamprep.errors import TooManyBadSamples, UserError
 from streamprep.filters import Filters, FrameFilter, SampleFilter, SurveyFilter
-from streamprep.manifest import load_manifest
+from streamprep.manifest import open_shards
 from streamprep.plan import Excluded, SamplingRules, explain, is_drop, plan_unit
 from streamprep.prepare import open_filters
 from streamprep.shards import ShardSample
-from streamprep.storage import open_store
 from streamprep.stream import ClipStream
 from streamprep.types import DecodeRequest
 
@@ -808,8 +807,7 @@ def test_a_stream_of_clips_is_filtered_too(filtered_shards: Path) -> None:
         drop_short_ratio=0.0,
         filters=ALL,
     )
-    store = open_store(filtered_shards)
-    assert open_filters(store, load_manifest(store), rules).frame_filters == ["black", "static"]
+    assert open_filters(open_shards(str(filtered_shards)), rules).frame_filters == ["black", "static"]
     stream = ClipStream(str(filtered_shards), rules)
     assert [clip.key for clip in stream] == ["a0", "b0", "b1"]
     assert [key for key, _ in stream.bad] == ["b6"]

@@ -18,12 +18,11 @@ from streamprep import canonical, forecast
 from streamprep.buckets import Bucket, parse_buckets
 from streamprep.config import PlanConfig
 from streamprep.errors import BAD_REASONS, UserError
-from streamprep.manifest import Manifest, ShardInfo
+from streamprep.manifest import Manifest, ShardInfo, open_shards
 from streamprep.plan import DROP_REASONS, Excluded, RowPlan, SamplingRules, UnitPlan, plan_clips, plan_unit
 from streamprep.sampling import WINDOWS, resample, uniform
 from streamprep.shards import Member, ShardIndex, ShardSample
 from streamprep.sources._files import IMAGE_EXTENSIONS
-from streamprep.storage import open_store
 from streamprep.types import VideoInfo
 
 RATES = st.one_of(
@@ -624,7 +623,7 @@ def test_plan_counts_images(tmp_path: Path) -> None:
     )
     (tmp_path / "manifest.json").write_bytes(Manifest(shards=(info,)).to_json())
     config = PlanConfig(shards=str(tmp_path), model_path="tiny", buckets="64x96x17,64x96x1")
-    result = forecast.forecast(open_store(tmp_path), config, make_contract(), with_decisions=True)
+    result = forecast.forecast(open_shards(str(tmp_path)), config, make_contract(), with_decisions=True)
     lines = list(forecast.describe(result, config, make_contract()))
     assert "  64x96x1          2 clips, 0 enlarged, 15.6% lost, 0.0% repeated; 2 images among them" in lines
     assert "  64x96x17         2 clips, 0 enlarged, 15.6% lost, 0.0% repeated" in lines

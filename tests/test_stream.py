@@ -18,7 +18,7 @@ from streamprep.config import PackConfig
 from streamprep.decode import decode_clip
 from streamprep.decoder import InlineDecoder
 from streamprep.errors import BadSample
-from streamprep.manifest import load_index, load_manifest
+from streamprep.manifest import load_index, load_manifest, open_shards
 from streamprep.pack import pack
 from streamprep.plan import SamplingRules, UnitPlan, plan_unit
 from streamprep.storage import open_store
@@ -129,7 +129,7 @@ def test_ranks_and_workers_take_each_shard_exactly_once(shards: Path, world_size
             unit.shard
             for unit in ClipStream(str(shards), RULES, rank=r, world_size=world_size)._units(store, w, num_workers)
         ]
-        for store in [open_store(shards)]
+        for store in [open_shards(str(shards))]
         for r in range(world_size)
         for w in range(num_workers)
     ]
@@ -145,7 +145,7 @@ def test_a_rank_outside_its_world_is_refused(rank: int, world_size: int, shards:
 
 def test_a_stream_can_be_sent_to_a_spawned_worker(shards: Path) -> None:
     stream = pickle.loads(pickle.dumps(ClipStream(str(shards), RULES, rank=1, world_size=3)))
-    assert [unit.id for unit in stream._units(open_store(shards), 0, 1)] == ["000001", "000004"]
+    assert [unit.id for unit in stream._units(open_shards(str(shards)), 0, 1)] == ["000001", "000004"]
 
 
 def test_units_are_decoded_in_the_order_of_their_plans(shards: Path, expected: dict[str, Tensor]) -> None:
