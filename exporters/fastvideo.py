@@ -260,9 +260,10 @@ def _is_tensor_column(name: str) -> bool:
 def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, np.ndarray[Any, Any]]]]:
     """The rows of a file as a stranger's Parquet reader sees them: (id, tensors by name), a row at a time."""
     with store.open(name) as file:
-        parquet = pq.ParquetFile(file)
+        # In this thread: pyarrow's own may still hold the Python file when the process ends, which then aborts.
+        parquet = pq.ParquetFile(file, pre_buffer=False)
         for number in range(parquet.num_row_groups):
-            for row in parquet.read_row_group(number).to_pylist():
+            for row in parquet.read_row_group(number, use_threads=False).to_pylist():
                 tensors = {
                     column.removesuffix("_bytes"): _array(row, column.removesuffix("_bytes"))
                     for column in row

@@ -16,7 +16,7 @@ from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import Stopped, TooManyBadSamples, UnitsSetAside
-from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_totals
+from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_totals, totals
 from streamprep.fleet import Fleet
 from streamprep.job import Job, Unit
 from streamprep.pipeline import Pipeline
@@ -182,7 +182,10 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
             claims.finished(turn)
     if tidies:
         tidy(current, session.attempts)
-    return read_totals(current.store)
+    try:
+        return read_totals(current.store)
+    except FileNotFoundError:  # another rank has come since, which finalizes anew
+        return totals(current)
 
 
 def tidy(current: Job, attempts: Attempts) -> None:

@@ -152,12 +152,17 @@ def verify(config: VerifyConfig) -> int:
         what = f"{count(verdict.num_rows, 'row')} in {count(verdict.num_files, 'file')}"
     for problem in verdict.problems:
         print(f"WRONG {problem}")
-    print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}")
+    for unread in verdict.unread:
+        print(f"UNREAD {unread}")
+    not_read = f", {count(len(verdict.unread), 'file')} could not be read" if verdict.unread else ""
+    print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}{not_read}")
+    if verdict.gave_up:
+        print("the rest was not looked at: this store does not give what is asked of it")
     if verdict.problems and not is_shards:
         print(
             "to make a unit again, delete its record in _streamprep/records and run the same `encode` or `retry` again"
         )
-    return 1 if verdict.problems else 0
+    return 1 if verdict.problems or verdict.unread else 0
 
 
 def finalize(config: FinalizeConfig) -> int:

@@ -16,11 +16,16 @@ from streamprep.job import Job, Unit
 from streamprep.manifest import load_index, load_manifest
 from streamprep.progress import Progress
 from streamprep.record import QuarantineFile, Record
-from streamprep.shards import check_shard
-from streamprep.storage import Store
+from streamprep.shards import ShardIndex, check_shard
+from streamprep.storage import Store, StoreError
 from streamprep.types import WrittenFile
 
-_CHUNK_BYTES = 8 * 2**20
+_MOST_UNREAD = 5
+"""Each may have been asked for again for minutes."""
+
+
+class Unread(str):
+    """That something could not be read, and why; it may be as it should."""
 
 
 @dataclass(kw_only=True)
@@ -31,6 +36,37 @@ class Verdict:
     num_rows: int = 0
     size_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    """What the store did not give, and why."""
+    gave_up: bool = False
+    """Whether the rest was not looked at."""
+
+    def note(self, findings: Iterator[str]) -> None:
+        """Take what a check finds.
+
+        Raises:
+            _GivenUp: if the store has not given too many files.
+        """
+        try:
+            for finding in findings:
+                (self.unread if isinstance(finding, Unread) else self.problems).append(finding)
+        except OSError as error:
+            if not _says_nothing_of_the_file(error):
+                raise
+            self.unread.append(str(error))
+        if len(self.unread) >= _MOST_UNREAD:
+            raise _GivenUp
+
+
+class _GivenUp(Exception):
+    """Too much could not be read."""
+
+
+def _says_nothing_of_the_file(error: Exception) -> bool:
+    """Whether it is the store's, the network's or the disk's trouble; pyarrow's errors for damage have no number."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return False
+    return isinstance(error, StoreError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def verify_job(current: Job) -> Verdict:
@@ -41,6 +77,14 @@ def verify_job(current: Job) -> Verdict:
     after decoding.
     """
     verdict = Verdict()
+    try:
+        _verify_job(current, verdict)
+    except _GivenUp:
+        verdict.gave_up = True
+    return verdict
+
+
+def _verify_job(current: Job, verdict: Verdict) -> None:
     records = list(current.records())
     exporter = plugins.load("streamprep.exporters", current.plan.config["exporter"])
     rounds = current.rounds()
@@ -53,45 +97,61 @@ def verify_job(current: Job) -> Verdict:
             if unit is None:
                 verdict.problems.append(f"record {record.unit}: the plan has no such unit")
                 continue
-            verdict.problems += _check_keys(current, record, unit)
+            verdict.note(_check_keys(current, record, unit))
             for file in record.files:
-                verdict.problems += _check_file(current.store, file, exporter)
+                verdict.note(_check_file(current.store, file, exporter))
                 verdict.num_files += 1
                 verdict.num_rows += len(file.rows)
                 verdict.size_bytes += file.size_bytes
                 progress.advance()
-    verdict.problems += _check_retries(current, {record.unit: record for record in records}, retries)
-    verdict.problems += _check_whole(current, records)
+    verdict.note(_check_retries(current, {record.unit: record for record in records}, retries))
+    verdict.note(_check_whole(current, records))
     for one in rounds:
         if units := current.without_record(one.units):
             verdict.problems.append(
                 f"{len(units)} of {len(one.units)} units of retry {one.name} are not encoded yet: run `streamprep "
                 "retry` again"
             )
-    return verdict
 
 
 def verify_shards(store: Store) -> Verdict:
     """Check packed shards against their manifest: every byte of every tar and index."""
     verdict = Verdict()
+    try:
+        _verify_shards(store, verdict)
+    except _GivenUp:
+        verdict.gave_up = True
+    return verdict
+
+
+def _verify_shards(store: Store, verdict: Verdict) -> None:
     manifest = load_manifest(store)
     keys: Counter[str] = Counter()
     with Progress(total=manifest.num_samples, unit="videos", verb="verifying") as progress:
         for info in manifest.shards:
             try:
                 index = load_index(store, info)
-                with store.open(info.name) as file:
-                    verdict.problems += check_shard(file, index)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 verdict.problems.append(f"{info.name}: {error}")
                 continue
+            except OSError as error:
+                verdict.note(iter([_finding(info.name, error)]))
+                continue
+            verdict.note(_check_tar(store, index))
             keys.update(sample.key for sample in index.samples)
             verdict.num_files += 1
             verdict.num_rows += len(index.samples)
             verdict.size_bytes += info.size_bytes
             progress.advance(len(index.samples))
     verdict.problems += [f"key {key!r} is there {number} times" for key, number in keys.items() if number > 1]
-    return verdict
+
+
+def _check_tar(store: Store, index: ShardIndex) -> Iterator[str]:
+    try:
+        with store.open(index.name) as file:
+            yield from check_shard(file, index)
+    except OSError as error:
+        yield _finding(index.name, error)
 
 
 def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
@@ -127,8 +187,12 @@ def _check_retries(current: Job, records: Mapping[str, Record], retries: Sequenc
 
 
 def _reasons(current: Job, record: Record | None) -> dict[str, str]:
-    """Of a unit's bad samples; none if they cannot be read, which `_check_keys` has said."""
-    if record is None or record.quarantine is None or list(_check_digest(current.store, record.quarantine)):
+    """Of a unit's bad samples; none if the file is damaged, which `_check_keys` has said."""
+    if record is None or record.quarantine is None:
+        return {}
+    for damage in _check_digest(current.store, record.quarantine):
+        if isinstance(damage, Unread):
+            raise StoreError(current.store.url, damage)
         return {}
     return {clip.key: clip.reason for clip in current.read_quarantine(record)}
 
@@ -141,7 +205,13 @@ def _check_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]
     try:
         yield from _check_rows(store, file, exporter)
     except (OSError, ValueError) as error:
-        yield f"{file.name}: cannot be read: {error}"
+        yield _finding(file.name, error)
+
+
+def _finding(name: str, error: OSError | ValueError) -> str:
+    if _says_nothing_of_the_file(error):
+        return Unread(error if isinstance(error, StoreError) else f"{name}: {error}")
+    return f"{name}: cannot be read: {error}"
 
 
 def _check_digest(store: Store, file: WrittenFile | QuarantineFile) -> Iterator[str]:
@@ -149,7 +219,7 @@ def _check_digest(store: Store, file: WrittenFile | QuarantineFile) -> Iterator[
         with store.open(file.name) as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
-        yield f"{file.name}: cannot be read: {error}"
+        yield _finding(file.name, error)
         return
     if found != file.sha256:
         yield f"{file.name}: its sha256 is {found}, the record says {file.sha256}"
@@ -182,13 +252,16 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
         yield f"{job.SUCCESS} is missing: run `streamprep finalize`"
         return
     yield from (f"{path}: no record names it: run `streamprep finalize`" for path in leftovers(current, records))
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with current.store.open(job.INDEX) as file:
-            indexed = pq.read_table(file, columns=["key"])["key"].to_pylist()
+        # From memory: pyarrow's threads may still hold a Python file when the process ends, which then aborts.
+        index = pa.BufferReader(current.store.read(job.INDEX))
+        indexed = pq.read_table(index, columns=["key"])["key"].to_pylist()
     except (OSError, ValueError) as error:
-        yield f"{job.INDEX}: cannot be read: {error}: run `streamprep finalize`"
+        finding = _finding(job.INDEX, error)
+        yield finding if isinstance(finding, Unread) else f"{finding}: run `streamprep finalize`"
         return
     if Counter(indexed) != keys or totals(current).num_rows != len(indexed):
         yield f"{job.INDEX}: lists {len(indexed)} rows, the records {keys.total()}: run `streamprep finalize`"

@@ -19,8 +19,9 @@ from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, 
 from servers import Server
 from servers.fake_hf import READ_TOKEN, TOKEN
 from servers.fault_proxy import FaultProxy
-from servers.faults import Answer, LoseReply
+from servers.faults import Answer, DropHeaders, LoseReply
 from servers.http_files import http_files
+from servers.s3_buckets import s3_client, unfinished_uploads
 
 from streamprep import job
 from streamprep.crashpoints import VARIABLE
@@ -86,6 +87,12 @@ def encode(run_cli: RunCli, model: Path, shards: object, out: object, *flags: ob
 
 def contents(store: Store, *folders: str) -> dict[str, bytes]:
     return {entry.path: store.read(entry.path) for folder in folders for entry in store.list(folder)}
+
+
+def files_of(store: Store) -> list[str]:
+    root = store.local_path()
+    assert root is not None
+    return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
 
 
 def rows(out: Store) -> Counter[str]:
@@ -248,6 +255,145 @@ def test_a_store_that_fails_ends_the_rank_loudly_and_blames_no_sample(
     assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
 
 
+def test_what_a_store_does_not_give_is_not_called_damaged(
+    moto_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    run_cli: RunCli,
+) -> None:
+    bucket = new_bucket(moto_server)
+    for name, store in zip(("shards", "out"), local_job, strict=True):
+        copy = open_store(f"{bucket}/{name}")
+        for path in files_of(store):
+            copy.put(path, store.read(path), step="data")
+    _, proxy = faulty(moto_server)
+    proxy.inject(r"^GET .*000001(\.tar|-00000)", Answer(403))
+    proxy.inject(r"^GET .*index.parquet", Answer(503))
+    for name, path in (("shards", "000001.tar"), ("out", "combined_parquet_dataset/000001-00000-")):
+        looked = run_cli("verify", f"{bucket}/{name}")
+        assert looked.returncode == 1
+        assert f"UNREAD {bucket}/{name}/{path}" in looked.output
+        assert "it was refused (403 Forbidden, AccessDenied" in looked.output
+        assert "WRONG" not in looked.output and "delete its record" not in looked.output
+    assert f"UNREAD {bucket}/out/_streamprep/index.parquet: it did not answer as it should" in looked.output
+    assert ": 0 problems, 2 files could not be read" in looked.output
+    proxy.clear()
+    assert ": 0 problems" in done(run_cli("verify", f"{bucket}/out")).output
+
+
+@pytest.mark.parametrize("verb", ["pack", "encode"])
+def test_credentials_that_expire_end_the_rank_and_the_same_command_goes_on_with_new_ones(
+    verb: str,
+    moto_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    """Whichever request is the first to be refused."""
+    bucket = new_bucket(moto_server)
+    _, proxy = faulty(moto_server)
+
+    def run(to: str) -> Ran:
+        if verb == "pack":
+            return pack(run_cli, dataset, to)
+        return encode(run_cli, tiny_model, local_job[0].url, to)
+
+    done(run(f"{bucket}/undisturbed"))
+    num_requests = len(proxy.requests)
+    for skip in range(num_requests // 4, num_requests, num_requests // 4):
+        expired = proxy.inject("", Answer(403, code="ExpiredToken"), skip=skip)
+        failed = run(f"{bucket}/after-{skip}")
+        proxy.clear()
+        assert failed.returncode in (1, 2), failed.output
+        assert "refused (403 Forbidden" in failed.output and "AWS_SESSION_TOKEN" in failed.output
+        assert "Traceback" not in failed.output and expired.hits
+        if verb == "encode":
+            records = list(open_store(f"{bucket}/after-{skip}").list(f"{job.FOLDER}/records"))
+            seen = set(contents(open_store(f"{bucket}/after-{skip}"), "combined_parquet_dataset"))
+            assert seen <= set(contents(local_job[1], "combined_parquet_dataset"))
+            assert len(records) <= 3
+        done(run(f"{bucket}/after-{skip}"))
+        folder = "" if verb == "pack" else "combined_parquet_dataset"
+        expected = local_job[0 if verb == "pack" else 1]
+        assert contents(open_store(f"{bucket}/after-{skip}"), folder) == contents(expected, folder)
+        assert ": 0 problems" in done(run_cli("verify", f"{bucket}/after-{skip}")).output
+    assert not list(temporary.rglob("*.tmp"))
+    assert unfinished_uploads(moto_server.env, bucket) == []
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_wrong_keys_are_refused_before_anything_is_done(
+    seaweedfs_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    point_at: Callable[..., None],
+) -> None:
+    bucket = new_bucket(seaweedfs_server)
+    point_at({**seaweedfs_server.env, "AWS_SECRET_ACCESS_KEY": "WRONG-SECRET"})
+    for refused in (
+        pack(run_cli, dataset, f"{bucket}/shards"),
+        encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out"),
+        encode(run_cli, tiny_model, f"{bucket}/shards", local_job[1].url),
+        *(run_cli(verb, f"{bucket}/out") for verb in ("status", "verify", "retry", "finalize")),
+    ):
+        assert refused.returncode == 2, refused.output
+        assert f"streamprep: {bucket}/" in refused.output and "refused" in refused.output
+        assert "AWS_SECRET_ACCESS_KEY" in refused.output and "WRONG-SECRET" not in refused.output
+    point_at(seaweedfs_server.env)
+    assert not s3_client(seaweedfs_server.env).list_objects_v2(Bucket=bucket.removeprefix("s3://")).get("Contents")
+
+
+def test_a_missing_bucket_is_said_before_anything_is_done(
+    moto_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+) -> None:
+    new_bucket(moto_server)
+    nowhere = "s3://no-such-bucket-here"
+    for refused in (
+        pack(run_cli, dataset, f"{nowhere}/shards"),
+        encode(run_cli, tiny_model, local_job[0].url, f"{nowhere}/out"),
+        encode(run_cli, tiny_model, f"{nowhere}/shards", local_job[1].url),
+        *(run_cli(verb, f"{nowhere}/out") for verb in ("status", "verify", "retry", "finalize")),
+    ):
+        assert refused.returncode == 2, refused.output
+        assert f"streamprep: {nowhere}/" in refused.output and "there is no such bucket" in refused.output
+
+
+def test_conditions_that_are_no_longer_honoured_harm_no_rank_and_are_noticed_by_the_next(
+    moto_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    run_cli: RunCli,
+) -> None:
+    """Each process looks at its start, and cannot know what comes later. It asks who was first before it creates."""
+    bucket = new_bucket(moto_server)
+    _, proxy = faulty(moto_server)
+    ignored = proxy.inject("^PUT .*records", DropHeaders())
+    done(encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out", "--nproc", 2, "--stale-seconds", 10))
+    proxy.clear()
+    assert ignored.hits >= 3
+    assert rows(open_store(f"{bucket}/out")) == rows(local_job[1])
+    assert ": 0 problems" in done(run_cli("verify", f"{bucket}/out")).output
+    proxy.inject("^PUT ", DropHeaders())
+    refused = encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/out")
+    assert refused.returncode == 2 and "--only-writer" in refused.output
+
+
 def test_several_ranks_share_a_job_in_a_bucket(
     moto_server: Server, new_bucket: NewBucket, local_job: tuple[Store, Store], tiny_model: Path, run_cli: RunCli
 ) -> None:
@@ -327,21 +473,40 @@ def test_what_cannot_be_in_a_bucket_is_said_so(
     assert "Traceback" not in refused.output
 
 
-def test_a_full_spool_says_where_it_is(
-    moto_server: Server, new_bucket: NewBucket, dataset: Path, run_cli: RunCli, tmp_path: Path
+@pytest.mark.parametrize("verb", ["pack", "encode"])
+def test_a_full_spool_says_where_it_is_and_the_same_command_goes_on_with_more_room(
+    verb: str,
+    moto_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    tmp_path: Path,
 ) -> None:
     bucket, disk = new_bucket(moto_server), tmp_path / "disk"
     disk.mkdir()
+
+    def run(*flags: object) -> Ran:
+        if verb == "pack":
+            return run_cli("pack", dataset, f"{bucket}/place", "--shard-size-mb", 1, "--num-workers", 1, *flags)
+        return encode(run_cli, tiny_model, local_job[0].url, f"{bucket}/place", *flags)
+
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
     try:
-        full = run_cli("pack", dataset, f"{bucket}/other", "--spool-dir", disk)
+        full = run("--spool-dir", disk)
     finally:
         subprocess.run(["umount", disk], check=True)
     assert full.returncode == 1
     assert f"{disk}/streamprep-spool" in full.output
     assert "--spool-dir" in full.output
+    assert "Traceback" not in full.output
+    assert not list(open_store(f"{bucket}/place").list("combined_parquet_dataset"))
+    done(run("--spool-dir", tmp_path))
+    folder, expected = ("", local_job[0]) if verb == "pack" else ("combined_parquet_dataset", local_job[1])
+    assert contents(open_store(f"{bucket}/place"), folder) == contents(expected, folder)
     shutil.rmtree(disk)
 
 

@@ -18,7 +18,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from errno import ENOENT, ENOSPC
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,9 @@ _PARTS_AT_ONCE = 4
 _ATTEMPTS = 3
 """Of a whole upload; each request in it is sent again by the client first."""
 _LIST_PAGE = 1000
+_PROBES = ".tmp"
+_LONGEST_PROBE = timedelta(hours=1)
+"""It takes seconds; a clock may be wrong, and a probe that is removed too early tells lies."""
 _SPOOL_RESERVE_BYTES = 64 * 2**20
 
 
@@ -157,8 +161,8 @@ class ObjectStore:
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """The objects directly below a prefix whose names begin so, sorted."""
         key = self._key(folder) if folder else None
-        found = self._unless_cut_off(folder, lambda client: obstore.list_with_delimiter(client, key)["objects"])
-        self.stats.count("list", number=1 + len(found) // _LIST_PAGE)
+        found = self._ask("list", folder, lambda client: obstore.list_with_delimiter(client, key))["objects"]
+        self.stats.count("list", number=len(found) // _LIST_PAGE)
         self._bucket_seen = True
         start = f"{folder}/{prefix}" if folder else prefix
         entries = [_entry(one) for one in found if str(one["path"]).startswith(start)]
@@ -172,8 +176,8 @@ class ObjectStore:
         while True:
             try:
                 page = next(pages, None)
-            except _CutOff:
-                if (attempt := attempt + 1) == _ATTEMPTS:
+            except StoreError as error:
+                if not error.passing or (attempt := attempt + 1) == _ATTEMPTS:
                     raise
                 pages = self._pages(start)  # not from the last name on: not all stores list by name
                 continue
@@ -222,7 +226,7 @@ class ObjectStore:
 
     def check_create_only(self) -> bool:
         """Create one object twice: where that works, the store takes no notice of conditions."""
-        path = f".tmp/probe-{uuid.uuid4().hex}"
+        path = f"{_PROBES}/probe-{uuid.uuid4().hex}"
         try:
             honoured = self._create_until_refused(path)
             self._delete(path)
@@ -265,8 +269,12 @@ class ObjectStore:
         """Nothing: there are no folders, only names that begin alike."""
 
     def remove_unpublished(self) -> None:
-        """Remove from the spool what processes of this machine that died have left there."""
+        """Remove what died with a process: files in the spool of this machine, and old probes in the bucket."""
         self.spool.remove_unpublished()
+        long_ago = datetime.now(UTC) - _LONGEST_PROBE
+        for one in self._ask("list", _PROBES, lambda client: obstore.list_with_delimiter(client, _PROBES))["objects"]:
+            if str(one["path"]).startswith(f"{_PROBES}/probe-") and one["last_modified"] < long_ago:
+                self._delete(str(one["path"]))
 
     def staged_in(self) -> Path | None:
         """None: an object is seen as soon as it is written."""
@@ -358,12 +366,26 @@ class ObjectStore:
         return found
 
     def _delete(self, path: str) -> None:
-        try:
-            with self._request(path) as client:
-                obstore.delete(client, path)
-        except FileNotFoundError:
-            pass
-        self.stats.count("delete")
+        with suppress(FileNotFoundError):
+            self._ask("delete", path, lambda client: obstore.delete(client, path))
+
+    def _ask(self, kind: str, path: str, ask: Callable[[Client], T]) -> T:
+        """Make a request that does no harm when it is made twice.
+
+        The client does not send again what was cut off in the middle of a listing, nor a deletion, which is a POST.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                with self._request(path) as client:
+                    return ask(client)
+            except StoreError as error:
+                if not error.passing or attempt == _ATTEMPTS:
+                    raise
+            finally:
+                self.stats.count(kind)
+            time.sleep(0.2 * 2**attempt)
 
     def _count_put(self, size: int, part: int | None = None) -> None:
         number = 1 if part is None or size <= _MULTIPART_ABOVE else 2 + -(-size // part)
@@ -384,9 +406,6 @@ class ObjectStore:
 
     def _raise(self, error: Exception, path: str, *, writes: bool) -> NoReturn:
         url = self._url(path)
-        if isinstance(error, FileNotFoundError) and not writes:
-            self._check_bucket()
-            raise FileNotFoundError(ENOENT, "there is no such object", url) from None
         if isinstance(error, obstore.exceptions.PreconditionError):
             raise _replaced(url) from None
         if isinstance(error, obstore.exceptions.InvalidPathError):
@@ -395,6 +414,9 @@ class ObjectStore:
                 f"control character: rename it ({without_secrets(first_line(error))!r})"
             ) from None
         trouble = understand(error, self.place)
+        if trouble.kind == "missing" and not writes:  # perhaps deleted between two halves of a reply that broke off
+            self._check_bucket()
+            raise FileNotFoundError(ENOENT, "there is no such object", url) from None
         if trouble.kind == "too short":
             raise _TooShort from None
         if trouble.kind == "unsupported":
@@ -404,20 +426,7 @@ class ObjectStore:
             if not self._answered:
                 raise UserError(f"{url}: {trouble.what}") from None
             raise _Refused(url, trouble.what) from None
-        if "body error" in trouble.what:
-            raise _CutOff(url, trouble.what, passing=True) from None
         raise StoreError(url, trouble.what, passing=True) from None
-
-    def _unless_cut_off(self, path: str, ask: Callable[[Client], T]) -> T:
-        """Ask again where a reply ends early: the client does so itself for objects, not for listings."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                with self._request(path) as client:
-                    return ask(client)
-            except _CutOff:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-        raise AssertionError
 
     def _check_bucket(self) -> None:
         """Of an object that is not there: is the bucket? A request for one object does not always say."""
@@ -538,10 +547,6 @@ class WebStore(ObjectStore):
 
 class _TooShort(Exception):
     """The range begins behind the end."""
-
-
-class _CutOff(StoreError):
-    """The reply began and did not end."""
 
 
 class _Refused(StoreError):

@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,33 @@ def test_trouble_that_passes_is_not_seen(bucket: tuple[ObjectStore, FaultProxy],
     store.delete("small", step="delete")
     assert not store.exists("small")
     assert sum(rule.hits for rule in rules) == 4
+
+
+def test_what_is_deleted_while_it_is_read_is_not_there(bucket: tuple[ObjectStore, FaultProxy]) -> None:
+    """The client says so in another way if it had half of it: a rank ended by it, as a mark was withdrawn just then."""
+    store, proxy = bucket
+    proxy.inject("^GET ", CutReply(), times=1)
+    proxy.inject("^GET .*there", Answer(404, code="NoSuchKey"))
+    with pytest.raises(FileNotFoundError, match="there is no such object"):
+        store.read("there")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [CutReply(), CutReply(reset=False), StallReply(30), LoseReply(), Reset()],
+    ids=["cut", "closed", "stalled", "lost", "reset"],
+)
+def test_a_listing_or_a_deletion_that_breaks_off_is_asked_for_again(
+    bucket: tuple[ObjectStore, FaultProxy], fault: Fault
+) -> None:
+    """The client sends neither again once there is a connection; ranks ended by it."""
+    store, proxy = bucket
+    rules = [proxy.inject(pattern, fault, times=2) for pattern in ("^GET .*list-type", "^POST .*delete")]
+    assert [entry.path for entry in store.list()] == ["there"]
+    store.delete("there", step="delete")
+    assert [rule.hits for rule in rules] == [2, 2]
+    proxy.clear()
+    assert not store.exists("there")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +361,19 @@ def test_the_probe_survives_lost_replies(bucket: tuple[ObjectStore, FaultProxy])
     store, proxy = bucket
     proxy.inject("^PUT .*probe", LoseReply(), times=1)
     assert store.check_create_only() is True
+
+
+def test_a_probe_of_a_process_that_died_is_removed_when_it_is_old(
+    bucket: tuple[ObjectStore, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = bucket
+    store.put(".tmp/probe-0123", b"1", step="data")
+    store.remove_unpublished()
+    assert store.exists(".tmp/probe-0123")  # another process may be at it
+    monkeypatch.setattr("streamprep.storage.objects._LONGEST_PROBE", timedelta(0))
+    store.remove_unpublished()
+    assert [entry.path for entry in store.list(".tmp")] == []
+    assert store.exists("there")
 
 
 # --- the spool
