@@ -42,6 +42,8 @@ class PackSettings(StoreSettings):
     """Column with the captions; by default cap, caption, captions, text or prompt."""
     split: str | None = None
     """Split of an hf dataset; by default train."""
+    annotations: str | None = None
+    """JSON file of a merged dataset whose videos are elsewhere, in DATASET; by default DATASET/videos2caption.json."""
     shard_size_mb: int = 256
     """Most MiB of video in a shard."""
     shuffle: int | None = None

@@ -72,7 +72,12 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
     store = open_store(config.shards, spool_dir=config.spool_dir)
     if not config.dataset.startswith("hf://") and store.same_place(open_store(config.dataset)):
         raise UserError(f"{config.shards} is the dataset itself: pack into another folder")
-    options = SourceOptions(video_column=config.video_column, caption_column=config.caption_column, split=config.split)
+    options = SourceOptions(
+        video_column=config.video_column,
+        caption_column=config.caption_column,
+        split=config.split,
+        annotations=config.annotations,
+    )
     listing = list_dataset(config.dataset, config.dataset_type, options, spool_dir=config.spool_dir)
     if listing.in_order and config.shuffle is not None:
         raise UserError(

@@ -44,6 +44,8 @@ def list_dataset(
         if _DATASET_ID.fullmatch(str(dataset)):
             hint = f"; for the dataset {dataset} of the Hugging Face hub, say --dataset-type hf"
         raise UserError(f"{tree.where()} is not a folder or file{hint}")
+    if dataset_type == "auto" and options.annotations is not None:
+        dataset_type = "merged"
     name = _recognise(tree) if dataset_type == "auto" else dataset_type
     source = plugins.load(_GROUP, name)
     if tree.file is not None and not getattr(source, "TAKES_FILES", False):
@@ -70,7 +72,7 @@ def _recognise(tree: Tree) -> str:
 
 
 def _check_options(source: str, options: SourceOptions, known: tuple[str, ...]) -> None:
-    for name in ("video_column", "caption_column", "split"):
+    for name in ("video_column", "caption_column", "split", "annotations"):
         if getattr(options, name) is not None and name not in known:
             raise UserError(
                 f"--{name.replace('_', '-')} says nothing about a dataset of the layout {source}: leave it out"

@@ -58,6 +58,8 @@ class SourceOptions:
     video_column: str | None = None
     caption_column: str | None = None
     split: str | None = None
+    annotations: str | None = None
+    """A JSON file elsewhere than the layout has it; a path or a URL."""
     skip_damaged: bool = False
     prefix_keys: bool = False
 
