@@ -85,6 +85,7 @@ def encode(config: EncodeConfig, board: Board | None = None) -> int:
 
 def run(config: RunConfig, board: Board | None = None) -> int:
     """Pack, encode, print the totals."""
+    _check_before_packing(config)
     shards = config.shards or f"{config.out.rstrip('/')}/_streamprep/shards"
     board = board or open_board(this_rank())  # one for both: rank 0 may be the one that holds it
     pack_dataset(
@@ -99,6 +100,15 @@ def run(config: RunConfig, board: Board | None = None) -> int:
     )
     settings = _settings(config, EncodeSettings) | _settings(config, LaunchSettings)
     return encode(EncodeConfig(shards=shards, out=config.out, **settings), board)
+
+
+def _check_before_packing(config: RunConfig) -> None:
+    """Refuse at once what `encode` would refuse when all is packed."""
+    from streamprep.prepare import load_exporter, rules_of
+    from streamprep.settle import describe_model
+
+    load_exporter(config)
+    rules_of(config, describe_model(config))
 
 
 def _settings(
