@@ -9,6 +9,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from streamprep.columns import parse_names
 from streamprep.errors import UserError
+from streamprep.held_out import parse_split
 
 TEXT_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -158,6 +159,9 @@ class EncodeSettings:
     better: then it's others in every epoch."""
     clean_captions: bool = True
     """Clean captions as the model's pipeline does (ftfy, HTML entities, white space). FastVideo does not."""
+    validation_split: str | None = None
+    """Hold so many videos, or this share of them (0.01), out of the output, drawn by --seed and key, and write them as
+    FastVideo's validation.json, with their first frames for i2v, to OUT/validation."""
     negative_prompt: str = ""
     """Also encode this prompt, beside the empty one, for guidance."""
     keep_columns: str | None = None
@@ -241,6 +245,8 @@ class EncodeSettings:
             _at_least(1, window_stride=self.window_stride)
         if self.keep_columns is not None:
             parse_names(self.keep_columns)
+        if self.validation_split is not None:
+            parse_split(self.validation_split)
         _at_least(0, drop_short_ratio=self.drop_short_ratio)
         _at_most(1, drop_short_ratio=self.drop_short_ratio)
         self._check_windows()

@@ -49,6 +49,7 @@ from streamprep.settle import describe_model, options_of, settle
 from streamprep.signals import sigterm_asks
 from streamprep.storage import Store, check_writable, describe_staging, describe_traffic, is_remote, open_store
 from streamprep.types import ShardWriter
+from streamprep.validation import write_validation
 
 _MOST_CLIPS_READ_AHEAD = 64
 
@@ -160,6 +161,9 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
         with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
             current = begun or job.start_or_join(out, plan)
             current.store.remove_unpublished()
+            write_held_out = functools.partial(_write_validation, current, shards, config, rules, filters, session)
+            if session.rank.number == 0:
+                write_held_out()
             with _committer(current, config, session, max_bad_fraction=config.max_bad_fraction) as committer:
                 if machinery is not None:
                     all_units = [unit for unit in plan.units if unit.num_clips]
@@ -167,7 +171,7 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
                 for unit in units:
                     if not unit.num_clips and not current.is_done(unit.id):
                         committer.commit(replan(shards.store, unit, rules, filters))
-                return end(current, session, committer, anew=not units)
+                return end(current, session, committer, anew=not units, before=write_held_out)
 
 
 def _machinery(
@@ -263,6 +267,19 @@ def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardW
         contract=current.plan.contract,
         columns=current.plan.columns,
     )
+
+
+def _write_validation(
+    current: Job, shards: Shards, config: EncodeConfig, rules: SamplingRules, filters: Filters, session: Session
+) -> None:
+    """What is held out for validation, if anything is: by rank 0 at first, by whoever finalizes if that one is lost."""
+    if not current.lacks_validation():
+        return
+    num_entries, num_bad = write_validation(
+        current.store, shards, config, rules, filters, open_decoder=lambda: _open_decoder(config, rules)
+    )
+    left_out = f", {num_bad} left out that cannot be decoded" if num_bad else ""
+    session.progress.message(f"{count(num_entries, 'sample')} held out for {job.VALIDATION}{left_out}")
 
 
 def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -> None:

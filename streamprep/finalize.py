@@ -42,7 +42,7 @@ def finalize(current: Job) -> Totals:
     """Finish a job all of whose units are committed.
 
     Raises:
-        UserError: if some are not.
+        UserError: if some are not, or its validation.json is not there.
         TooManyBadSamples: if it was stopped for that.
     """
     stopped = current.stop_reason()
@@ -54,6 +54,8 @@ def finalize(current: Job) -> Totals:
             f"{current.store.url}: {count(len(unfinished), 'unit')} of {len(current.plan.units)} not encoded yet "
             f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
         )
+    if current.lacks_validation():
+        raise UserError(f"{current.store.url} lacks {job.VALIDATION}: run the same `streamprep encode` again")
     records = list(current.records())
     for path in leftovers(current, records):
         current.store.delete(path, step="delete")
@@ -69,7 +71,7 @@ def is_finalized(current: Job) -> bool:
     """Whether a job has ended, and no unit has been committed since."""
     if current.unfinished() or not current.store.exists(job.INDEX) or not current.store.exists(job.SUCCESS):
         return False
-    if not current.store.is_all_published():
+    if current.lacks_validation() or not current.store.is_all_published():
         return False
     return current.store.read(job.SUCCESS) == _success(list(current.records()))
 

@@ -38,6 +38,8 @@ RETRIES = f"{FOLDER}/retry"
 STOP = f"{FOLDER}/stop.json"
 INDEX = f"{FOLDER}/index.parquet"
 SUCCESS = f"{FOLDER}/SUCCESS.json"
+VALIDATION = "validation/validation.json"
+"""Of what ``--validation-split`` holds out; there, it is whole, and so are its images."""
 NO_RESULT = (f"{FOLDER}/attempts", f"{FOLDER}/failed", f"{FOLDER}/logs")
 """Folders of who was at what, which mean nothing once all is done."""
 
@@ -218,6 +220,10 @@ class Job:
         if self.store.put_if_absent(path, wanted.to_json(), step="retry"):
             return wanted
         return Round.from_json(self.store.read(path))
+
+    def lacks_validation(self) -> bool:
+        """Whether what is held out for validation is not written yet."""
+        return self.plan.config.get("validation_split") is not None and not self.store.exists(VALIDATION)
 
     def bad_clips(self) -> dict[tuple[str, str], BadClip]:
         """What is bad now, by (unit of the plan, key): without what a retry has encoded, for the latest reason."""

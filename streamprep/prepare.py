@@ -20,7 +20,7 @@ from streamprep.errors import UserError
 from streamprep.filters import Filters
 from streamprep.job import Fingerprint, JobPlan, Unit
 from streamprep.manifest import Manifest, ShardInfo, Shards, load_indexes, read_index
-from streamprep.plan import SamplingRules, UnitPlan, explain, plan_unit, where_of
+from streamprep.plan import SamplingRules, UnitPlan, explain, held_out_by, plan_unit, where_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardIndex, ShardSample
 from streamprep.storage import Store
@@ -106,7 +106,7 @@ def open_filters(shards: Shards, rules: SamplingRules) -> Filters:
             planned = {sample.key.partition("#")[0] for sample in plan_unit("", index, rules, filters).samples}
             yield from (sample for sample in index.samples if sample.key in planned)
 
-    filters = Filters(rules.filters)
+    filters = Filters(rules.filters, held_out_by(rules))
     filters.survey(samples_left_by)
     return filters
 
@@ -215,7 +215,7 @@ def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manife
     captions = {name: rules.pop(name) for name in ("caption", "training_cfg_rate")}
     video = c["video"]
     if video is None:
-        sampling = {name: rules[name] for name in ("workload_type", "where", "filters", "seed")}
+        sampling = {name: rules[name] for name in ("workload_type", "where", "filters", "validation_split", "seed")}
     else:
         video |= {"preprocess_video_batch_size": config.preprocess_video_batch_size}
         sampling = rules | {"video_loader_type": config.video_loader_type}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +140,9 @@ def _log_folder(config: EncodeConfig, out: Store) -> Path | None:
     return None if root is None else root / LOGS
 
 
-def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> Totals:
+def end(
+    current: Job, session: Session, committer: Committer, *, anew: bool, before: Callable[[], None] = lambda: None
+) -> Totals:
     """Finalize a job whose units are all settled; of several ranks one does, the others wait for it.
 
     Args:
@@ -148,6 +150,7 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
         session: This rank.
         committer: Knows the limit of bad samples.
         anew: Whether nothing was to be done: then it was finalized before, and is looked at once more.
+        before: Called by the one that finalizes, before it does.
 
     Raises:
         UnitsSetAside: if some are not done and never will be.
@@ -177,6 +180,7 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
         for turn in claims:
             tidies = True
             committer.check_all()
+            before()
             result = finalize(current)
             session.log.event("finalized", num_rows=result.num_rows)
             claims.finished(turn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from streamprep import job, plugins
+from streamprep import canonical, job, plugins
 from streamprep.finalize import leftovers, totals
 from streamprep.job import Job, Unit
 from streamprep.manifest import load_index, load_manifest
@@ -106,12 +107,32 @@ def _verify_job(current: Job, verdict: Verdict) -> None:
                 progress.advance()
     verdict.note(_check_retries(current, {record.unit: record for record in records}, retries))
     verdict.note(_check_whole(current, records))
+    if current.plan.config.get("validation_split") is not None and current.store.exists(job.SUCCESS):
+        verdict.note(_check_validation(current.store))
     for one in rounds:
         if units := current.without_record(one.units):
             verdict.problems.append(
                 f"{len(units)} of {len(one.units)} units of retry {one.name} are not encoded yet: run `streamprep "
                 "retry` again"
             )
+
+
+def _check_validation(store: Store) -> Iterator[str]:
+    try:
+        images = json.loads(store.read(job.VALIDATION))["images"]
+    except FileNotFoundError:
+        yield f"{job.VALIDATION}: missing"
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"{job.VALIDATION}: cannot be read: {error}"
+        return
+    for image, sha256 in images.items():
+        name = f"{job.VALIDATION.rpartition('/')[0]}/{image}"
+        try:
+            if canonical.bytes_digest(store.read(name)) != sha256:
+                yield f"{name}: its bytes differ from those that were written"
+        except FileNotFoundError:
+            yield f"{name}: missing"
 
 
 def verify_shards(store: Store) -> Verdict:
