@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     verb = VERBS.get(arguments[0])
     if verb is None:
-        return _complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
+        return complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
     config: object = None
     try:
         config = parse(arguments[0], arguments[1:])
@@ -87,22 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, _, function = verb.run.partition(":")
             return int(getattr(importlib.import_module(module), function)(config))
     except UserError as error:
-        return _complain(str(error), WRONG_USAGE)
+        return complain(str(error), WRONG_USAGE)
     except TooManyBadSamples as error:
-        return _complain(str(error), TOO_MANY_BAD)
+        return complain(str(error), TOO_MANY_BAD)
     except Stopped as error:
-        return _complain(str(error), STOPPED)
+        return complain(str(error), STOPPED)
     except (LatentMismatch, UnitsSetAside) as error:
-        return _complain(str(error), SETTLED if LAUNCHER in os.environ else FAILED)
+        return complain(str(error), SETTLED if LAUNCHER in os.environ else FAILED)
     except OutOfMemory as error:
-        return _complain(str(error), FAILED)
+        return complain(str(error), FAILED)
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
         full = error.errno == errno.ENOSPC and verb.resumable
         room = f"with more room{_in_the_spool(config)}, the same command goes on from here"
-        return _complain(f"{error}{f'; {room}' if full else ''}", FAILED)
+        return complain(f"{error}{f'; {room}' if full else ''}", FAILED)
 
 
 def _in_the_spool(config: object) -> str:
@@ -138,7 +138,8 @@ def _overview() -> str:
     )
 
 
-def _complain(message: str, code: int) -> int:
+def complain(message: str, code: int) -> int:
+    """Say what went wrong, and in which rank; the exit code."""
     rank = os.environ.get("RANK", "0")
     who = "streamprep" if rank == "0" else f"streamprep (rank {rank})"
     print(f"{who}: {message}", file=sys.stderr)
