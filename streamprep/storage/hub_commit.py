@@ -65,6 +65,10 @@ class Publication:
             UserError: if the hub has other files of these names by now.
             StoreError: if it is not reached, or refuses.
         """
+        if summary is not None and summary not in self._additions:
+            raise StoreError(
+                f"{self._place.url}/{summary}", "another process has removed it: run the same command again"
+            )
         problem: StoreError | None = None
         for attempt in range(_ATTEMPTS):
             head = self._hub.commit_of(self._place.revision)
