@@ -66,10 +66,13 @@ def finalize(current: Job) -> Totals:
 
 
 def is_finalized(current: Job) -> bool:
-    """Whether a job has ended, and no unit has been committed since."""
+    """Whether a job has ended, and no unit has been committed since, and all of it is published."""
+    return current.store.is_all_published() and has_true_success(current)
+
+
+def has_true_success(current: Job) -> bool:
+    """Whether ``SUCCESS.json`` is there, and says what it should."""
     if current.unfinished() or not current.store.exists(job.INDEX) or not current.store.exists(job.SUCCESS):
-        return False
-    if not current.store.is_all_published():
         return False
     return current.store.read(job.SUCCESS) == _success(list(current.records()))
 

@@ -16,7 +16,7 @@ from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import Stopped, TooManyBadSamples, UnitsSetAside
-from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_totals, totals
+from streamprep.finalize import Totals, finalize, has_true_success, leftovers, read_totals, totals
 from streamprep.fleet import Fleet
 from streamprep.job import Job, Unit
 from streamprep.pipeline import Pipeline
@@ -160,7 +160,8 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
         raise UnitsSetAside(describe_failed(failed))
     if current.unfinished():
         raise Stopped("another command has set units free that were set aside, and encodes them")
-    if anew and session.rank.number == 0 and not (is_finalized(current) and not leftovers(current)):
+    looks_again = anew and session.rank.number == 0 and current.store.exists(job.SUCCESS)
+    if looks_again and not (has_true_success(current) and not leftovers(current)):
         current.store.delete(job.SUCCESS, step="delete")
     claims = Claims(
         [_FINALIZE],
