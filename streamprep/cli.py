@@ -21,7 +21,7 @@ from streamprep.errors import LatentMismatch, OutOfMemory, Stopped, TooManyBadSa
 from streamprep.launch import launch, wants_launching
 from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
 from streamprep.settings_file import with_file_defaults
-from streamprep.signals import signals_raise_stopped
+from streamprep.signals import ends_in_time, signals_raise_stopped
 from streamprep.storage import is_remote
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
@@ -80,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: object = None
     try:
         config = parse(arguments[0], arguments[1:])
-        with signals_raise_stopped(then="the same command goes on from here" if verb.resumable else "nothing is kept"):
+        then = "the same command goes on from here" if verb.resumable else "nothing is kept"
+        with signals_raise_stopped(then=then):
             if wants_launching(config):
                 return launch(config, arguments)
             end_with_the_launcher()
             module, _, function = verb.run.partition(":")
-            return int(getattr(importlib.import_module(module), function)(config))
+            with ends_in_time(code=STOPPED, then=then):
+                return int(getattr(importlib.import_module(module), function)(config))
     except UserError as error:
         return _complain(str(error), WRONG_USAGE)
     except TooManyBadSamples as error:

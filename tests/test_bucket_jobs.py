@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, 
 from servers import Server
 from servers.fake_hf import READ_TOKEN, TOKEN
 from servers.fault_proxy import FaultProxy
-from servers.faults import Answer, DropHeaders, LoseReply
+from servers.faults import Answer, DropHeaders, LoseReply, StallReply
 from servers.http_files import http_files
 from servers.s3_buckets import s3_client, unfinished_uploads
 
@@ -326,6 +327,41 @@ def test_credentials_that_expire_end_the_rank_and_the_same_command_goes_on_with_
         assert ": 0 problems" in done(run_cli("verify", f"{bucket}/after-{skip}")).output
     assert not list(temporary.rglob("*.tmp"))
     assert unfinished_uploads(moto_server.env, bucket) == []
+
+
+@pytest.mark.parametrize("verb", ["pack", "encode"])
+def test_a_request_without_an_answer_does_not_hold_up_who_is_asked_to_stop(
+    verb: str,
+    moto_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    forks: Forks,
+) -> None:
+    """It took two minutes: the handler waited for the request to be given up, and sent again, and given up."""
+    bucket = new_bucket(moto_server)
+    _, proxy = faulty(moto_server)
+    to = f"{bucket}/place"
+    commands = {
+        "pack": ("pack", dataset, to, "--shard-size-mb", 1, "--num-workers", 1),
+        "encode": ("encode", local_job[0].url, to, "--model-path", tiny_model, *FLAGS, "--grace-seconds", 1),
+    }
+    stalled = proxy.inject("^PUT .*(tar|parquet)$", StallReply(300, at=0))
+    environment = {name: value for name, value in os.environ.items() if name.startswith((*PROVIDERS, "TMPDIR"))}
+    process = forks.start(*commands[verb], environment=environment)
+    stalled.wait(seconds=60)
+    began = time.monotonic()
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 4, process.output
+    assert time.monotonic() - began < 30
+    assert "stopped by SIGTERM" in process.output and "the same command goes on" in process.output
+    process.wait_until_all_gone(seconds=20)
+    proxy.clear()
+    done(run_cli(*commands[verb]))
+    assert ": 0 problems" in done(run_cli("verify", to)).output
 
 
 @pytest.mark.s3
