@@ -106,7 +106,19 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings:
+class LatentSettings:
+    """How the exporter stores tensors; what it can do, it says itself, its default first."""
+
+    latent_dtype: str | None = None
+    """What tensors are stored as: bfloat16, float16 or float32, as the exporter can; by default as it prefers."""
+    latent_format: str | None = None
+    """Exporter webdataset: safetensors (default) or npy, which has no bfloat16."""
+    latent_compression: str | None = None
+    """Exporter webdataset: none (default) or zstd, for cold storage: smaller and much slower to write and read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings(LatentSettings):
     """How to encode; shared by `encode` and `run`."""
 
     model_path: str

@@ -332,7 +332,7 @@ def keys_digest(keys: Iterable[str]) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Of what decides the output's bytes beside the settings."""
-    packages = ("streamprep", "torch", "torchcodec", "diffusers", "transformers", "pyarrow")
+    packages = ("streamprep", "torch", "torchcodec", "diffusers", "transformers", "pyarrow", "zstandard")
     versions = {"python": platform.python_version(), "machine": platform.machine()}
     for package in packages:
         try:
