@@ -71,6 +71,11 @@ def test_every_layout_is_in_the_readme(readme):
         assert f"| `{layout}` |" in readme, layout
 
 
+def test_every_exporter_is_in_the_readme(readme):
+    for exporter in plugins.names("streamprep.exporters"):
+        assert f"| `{exporter}` |" in readme, exporter
+
+
 def test_every_filter_is_in_the_readme_with_its_defaults(readme):
     for name in plugins.names("streamprep.filters"):
         assert f"| `{name.replace('_', '-')}" in readme, name
