@@ -15,7 +15,7 @@ from streamprep.columns import ColumnTypes
 from streamprep.config import EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
-from streamprep.exporting import DTYPE_BYTES, open_exporter, rows_share
+from streamprep.exporting import DEFAULT_DTYPE, DTYPE_BYTES, open_exporter, rows_share
 from streamprep.filters import Filters
 from streamprep.manifest import Shards
 from streamprep.plan import ClipPlan, TextPlan, UnitPlan, explain, is_drop
@@ -227,7 +227,7 @@ def _sizes(result: Forecast, contract: LatentContract) -> Iterator[str]:
         exporter = open_exporter(name)
         if contract.workload not in exporter.WORKLOADS:
             continue
-        for dtype in exporter.OPTIONS["latent_dtype"]:
+        for dtype in exporter.OPTIONS.get("latent_dtype", (DEFAULT_DTYPE,)):
             width = DTYPE_BYTES[dtype]
             fixed = sum(
                 (entry.num_clips if rows_share(exporter) else entry.num_rows)

@@ -73,7 +73,7 @@ def test_every_layout_is_in_the_readme(readme):
 
 def test_every_exporter_is_in_the_readme(readme):
     for exporter in plugins.names("streamprep.exporters"):
-        assert f"| `{exporter}` |" in readme, exporter
+        assert f"| `{exporter}` | `{plugins.load('streamprep.exporters', exporter).FOLDER}/" in readme, exporter
 
 
 def test_every_filter_is_in_the_readme_with_its_defaults(readme):
