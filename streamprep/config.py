@@ -429,6 +429,42 @@ class RetryConfig(LaunchSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig(LatentSettings, StoreSettings):
+    """Write a finished output again by another exporter, without encoding anything again.
+
+    Example: streamprep convert out out_webdataset --exporter webdataset
+
+    OUT stays as it is; NEW is an output like any other. Running the same command again goes on where it was stopped;
+    started under torchrun, or by hand in several places, it shares the units among all. The exporter that OUT names is
+    loaded and run: convert only outputs you trust.
+    """
+
+    POSITIONAL: ClassVar = ("source", "out")
+    source: Annotated[Positional[str], arg(metavar="OUT")]
+    """Finished output of `streamprep encode` or `convert`: a folder or a URL."""
+    out: Annotated[Positional[str], arg(metavar="NEW")]
+    """Where to write: a folder or a URL."""
+    exporter: str
+    """Output format to write."""
+    samples_per_file: int | None = None
+    """Most rows in a file; by default as OUT has it."""
+    posterior: Literal["mean"] | None = None
+    """Keep the mean only, where OUT holds mean and log variance."""
+    stale_seconds: float = 300.0
+    """Take a unit again whose process may have died, on another machine, when it has been away for so long, and for
+    three times the slowest unit."""
+    log_dir: str | None = None
+    """Folder for a log of every process as JSON lines; by default NEW/_streamprep/logs, or none if NEW is a bucket."""
+
+    def __post_init__(self) -> None:
+        StoreSettings.__post_init__(self)
+        _local_folder(log_dir=self.log_dir)
+        _above_zero(stale_seconds=self.stale_seconds)
+        if self.samples_per_file is not None:
+            _at_least(1, samples_per_file=self.samples_per_file)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatusConfig:
     """Say how far a job is, and exit as the job would: 0 done, 3 too many bad samples, 4 resumable.
 

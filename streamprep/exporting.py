@@ -16,6 +16,8 @@ ROUNDING = {
     "float16": "relative error at most 2^-11, below 2^-14 an error of at most 2^-25",
 }
 """What a dtype makes of a float32 number, at worst; that of a number too large for float16 is refused."""
+_OF_BFLOAT16_IN_FLOAT16 = "exact from 2^-14 on, below an error of at most 2^-25"
+LARGEST_FLOAT16 = 65504
 _NEEDED = ("FOLDER", "WORKLOADS", "POSTERIORS", "OPTIONS", "read_file", "column_problem")
 
 
@@ -91,6 +93,15 @@ def choices_made(exporter: Any, options: Mapping[str, str]) -> dict[str, str]:
 def dtype_of(options: Mapping[str, str]) -> str:
     """What tensors are stored as."""
     return options.get("latent_dtype", DEFAULT_DTYPE)
+
+
+def describe_loss(source: str, target: str) -> str:
+    """What becomes of numbers of one dtype that are stored as another, at worst."""
+    if target == source or target not in ROUNDING:
+        return f"{source} -> {target}: exact"
+    loss = _OF_BFLOAT16_IN_FLOAT16 if (source, target) == ("bfloat16", "float16") else ROUNDING[target]
+    refused = f"; a number beyond {LARGEST_FLOAT16} is refused" if target == "float16" else ""
+    return f"{source} -> {target}: {loss}{refused}"
 
 
 def rounded(contract: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def finalize(current: Job) -> Totals:
     if unfinished:
         raise UserError(
             f"{current.store.url}: {count(len(unfinished), 'unit')} of {len(current.plan.units)} not encoded yet "
-            f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
+            f"(the first is {unfinished[0].id}): run the same `{current.plan.command}` again"
         )
     records = list(current.records())
     for path in leftovers(current, records):

@@ -258,7 +258,10 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     yield from (f"key {key!r} is in {number} units" for key, number in keys.items() if number > 1)
     unfinished = current.unfinished()
     if unfinished:
-        yield f"{len(unfinished)} of {len(current.plan.units)} units are not encoded yet: run `streamprep encode` again"
+        yield (
+            f"{len(unfinished)} of {len(current.plan.units)} units are not encoded yet: run "
+            f"`{current.plan.command}` again"
+        )
         return
     if not current.store.exists(job.SUCCESS):
         yield f"{job.SUCCESS} is missing: run `streamprep finalize`"

@@ -31,9 +31,11 @@ def test_every_verb_is_in_the_readme(readme):
         assert re.search(rf"`?streamprep {verb}\b", readme) or f"`{verb}`" in readme, verb
 
 
-@pytest.mark.parametrize("settings", [config.PackConfig, config.PlanConfig, config.RunConfig, config.EncodeConfig])
+@pytest.mark.parametrize(
+    "settings", [config.PackConfig, config.PlanConfig, config.RunConfig, config.EncodeConfig, config.ConvertConfig]
+)
 def test_every_flag_is_in_the_readme(readme, settings):
-    positional = {"dataset", "shards", "out"}
+    positional = {"dataset", "shards", "out", "source"}
     for field in dataclasses.fields(settings):
         if field.name not in positional:
             assert f"`--{field.name.replace('_', '-')}`" in readme, field.name

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
+from captioned_jobs import CAPTIONS, FLAGS, Encode
 from object_stores import NewBucket
 from servers import Server
 
@@ -29,47 +30,15 @@ if TYPE_CHECKING:
 
     NewJob = Callable[..., EncodeJob]
 
-pytest_plugins = ["jobs", "object_stores"]
+pytest_plugins = ["captioned_jobs", "jobs", "object_stores"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FLAGS = (
-    *("--max-height=32", "--max-width=64", "--num-frames=5", "--train-fps=1", "--samples-per-file=2"),
-    *("--encode-threads=1", "--device=cpu", "--serial"),
-)
-CAPTIONS = {"0": ["Zero."], "1": ["One.", "", "Another one."], "2": ["Two.", "Two again."], "3": ["Three."]}
 CRASHED = 137
 KILLS = [
     f"{step}{moment}"
     for step in ("plan", "uncond", "attempt", "data", "quarantine", "record", "withdraw", "delete", "index", "success")
     for moment in ("", ".after")
 ]
-
-
-@pytest.fixture(scope="module")
-def captioned(make_video: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards, of videos with one to three captions each."""
-    root = tmp_path_factory.mktemp("dataset")
-    for number in CAPTIONS:
-        make_video(root / "videos" / f"{number}.mp4", fps=1, seed=int(number), padding_bytes=400_000)
-    rows = [{"path": f"{number}.mp4", "cap": captions, "score": 0.5} for number, captions in CAPTIONS.items()]
-    (root / "videos2caption.json").write_text(json.dumps(rows))
-    assert cli.main(["pack", str(root), str(root / "shards"), "--shard-size-mb=1", "--num-workers=1"]) == 0
-    return root / "shards"
-
-
-@pytest.fixture(scope="module")
-def encode(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
-    """``encode(model, *flags)``: the finished job."""
-    done: dict[tuple[Any, ...], Job] = {}
-
-    def run(model: Path, *flags: str) -> Job:
-        if (model, *flags) not in done:
-            out = tmp_path_factory.mktemp("out") / "out"
-            assert cli.main(["encode", str(captioned), str(out), "--model-path", str(model), *FLAGS, *flags]) == 0
-            done[model, *flags] = open_job(open_store(out))
-        return done[model, *flags]
-
-    return run
 
 
 def rows_of(current: Job, module: Any) -> dict[str, dict[str, torch.Tensor]]:
@@ -89,7 +58,7 @@ def urls_of(current: Job) -> list[str]:
     ("variant", "flags"),
     [
         ("2.1-t2v", ("--workload-type=t2v",)),
-        ("2.1-t2v", ("--workload-type=t2v", "--caption=all", "--keep-columns=score")),
+        ("2.1-t2v", ("--workload-type=t2v", "--caption=all", "--keep-columns=score,author")),
         ("2.1-i2v", ("--workload-type=i2v",)),
         ("2.1-t2v", ("--workload-type=text", "--caption=all")),
     ],
@@ -104,7 +73,7 @@ def test_it_holds_what_fastvideos_files_hold_but_for_the_dtype(
     variant: str,
     flags: tuple[str, ...],
     options: tuple[str, ...],
-    encode: Callable[..., Job],
+    encode: Encode,
     tiny_models: Callable[[str], Path],
 ) -> None:
     dtype, *more = options
@@ -118,7 +87,7 @@ def test_it_holds_what_fastvideos_files_hold_but_for_the_dtype(
             assert same_bytes(found[id][name], cast(tensor, dtype)), (id, name)
 
 
-def test_the_index_says_where_every_tensor_lies(encode: Callable[..., Job], tiny_model: Path) -> None:
+def test_the_index_says_where_every_tensor_lies(encode: Encode, tiny_model: Path) -> None:
     for compression in ("none", "zstd"):
         current = encode(tiny_model, "--exporter=webdataset", f"--latent-compression={compression}", "--caption=all")
         rows = rows_of(current, exporter)
@@ -134,7 +103,7 @@ def test_the_index_says_where_every_tensor_lies(encode: Callable[..., Job], tiny
                 assert same_bytes(decode_bytes(data, dtype=dtype, shape=shape, codec=codec), tensor)
 
 
-def test_a_clip_with_several_captions_is_stored_once(encode: Callable[..., Job], tiny_model: Path) -> None:
+def test_a_clip_with_several_captions_is_stored_once(encode: Encode, tiny_model: Path) -> None:
     current = encode(tiny_model, "--exporter=webdataset", "--caption=all")
     read = list(webdataset.WebDataset(urls_of(current), shardshuffle=False).decode(decode_latents))
     assert {one["__key__"]: one["json"]["captions"] for one in read} == {
@@ -147,7 +116,7 @@ def test_a_clip_with_several_captions_is_stored_once(encode: Callable[..., Job],
         assert {name for name in one if name.startswith("text")} == expected
 
 
-def test_mean_and_variance_are_kept(encode: Callable[..., Job], tiny_model: Path) -> None:
+def test_mean_and_variance_are_kept(encode: Encode, tiny_model: Path) -> None:
     moments = encode(tiny_model, "--exporter=moments_exporter:open_shard", "--posterior=moments")
     current = encode(tiny_model, "--exporter=webdataset", "--posterior=moments", "--latent-dtype=float32")
     assert current.plan.contract["video"]["posterior"] == "moments"
@@ -161,7 +130,7 @@ def test_mean_and_variance_are_kept(encode: Callable[..., Job], tiny_model: Path
         assert all(same_bytes(found[id][name], tensor) for name, tensor in tensors.items())
 
 
-def test_the_contract_says_how_much_was_lost_by_rounding(encode: Callable[..., Job], tiny_model: Path) -> None:
+def test_the_contract_says_how_much_was_lost_by_rounding(encode: Encode, tiny_model: Path) -> None:
     said = {}
     for dtype in ("bfloat16", "float16", "float32"):
         current = encode(tiny_model, "--exporter=webdataset", f"--latent-dtype={dtype}")
@@ -175,9 +144,7 @@ def test_the_contract_says_how_much_was_lost_by_rounding(encode: Callable[..., J
     assert "rounded" not in encode(tiny_model).plan.contract
 
 
-def test_fastvideos_fingerprint_says_nothing_of_what_it_leaves_no_choice_in(
-    encode: Callable[..., Job], tiny_model: Path
-) -> None:
+def test_fastvideos_fingerprint_says_nothing_of_what_it_leaves_no_choice_in(encode: Encode, tiny_model: Path) -> None:
     """Jobs that were begun before there was a choice go on."""
     assert set(encode(tiny_model).plan.fingerprint["export"]) == {"exporter", "samples_per_file", "keep_columns"}
 
@@ -186,7 +153,7 @@ def test_fastvideos_fingerprint_says_nothing_of_what_it_leaves_no_choice_in(
 
 
 def test_verify_finds_a_tensor_that_is_not_what_the_record_says(
-    encode: Callable[..., Job], tiny_model: Path, tmp_path: Path
+    encode: Encode, tiny_model: Path, tmp_path: Path
 ) -> None:
     current = encode(tiny_model, "--exporter=webdataset")
     copy = shutil.copytree(current.store.url, tmp_path / "out")
@@ -257,7 +224,7 @@ def test_a_bucket_holds_what_a_folder_holds(
     moto_server: Server,
     new_bucket: NewBucket,
     captioned: Path,
-    encode: Callable[..., Job],
+    encode: Encode,
     tiny_model: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
