@@ -271,9 +271,9 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        # From memory: pyarrow's threads may still hold a Python file when the process ends, which then aborts.
-        index = pa.BufferReader(current.store.read(job.INDEX))
-        indexed = pq.read_table(index, columns=["key"])["key"].to_pylist()
+        # In this thread: pyarrow's own may still hold Python's bytes when the process ends, which then aborts.
+        index = pq.ParquetFile(pa.BufferReader(current.store.read(job.INDEX)), pre_buffer=False)
+        indexed = index.read(columns=["key"], use_threads=False)["key"].to_pylist()
     except (OSError, ValueError) as error:
         finding = _finding(job.INDEX, error)
         yield finding if isinstance(finding, Unread) else f"{finding}: run `streamprep finalize`"
