@@ -490,3 +490,24 @@ def test_a_killed_conversion_goes_on_in_a_bucket(
     again = start(forks, retried, out, **environment)  # type: ignore[arg-type]
     assert again.wait() == 0, again.output
     assert result(open_job(open_store(out))) == result(undisturbed)
+
+
+def test_to_the_hub_and_back(
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    forks: Forks,
+    retried: Job,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    out = f"{new_bucket(fake_hf_server)}/there"
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "caches"), **fake_hf_server.env}
+    killed = forks.run("convert", retried.store.url, out, *FLOAT32, environment={**environment, VARIABLE: "record:2"})
+    assert killed.code == CRASHED
+    there = forks.run("convert", retried.store.url, out, *FLOAT32, environment=environment)
+    assert there.code == 0, there.output
+    back = forks.run("convert", out, tmp_path / "back", "--exporter=fastvideo", environment=environment)
+    assert back.code == 0, back.output
+    assert result(open_job(open_store(tmp_path / "back"))) == result(retried)
+    assert not list((tmp_path / "back").glob(".tmp/*"))
