@@ -50,6 +50,7 @@ VERBS = {
     "encode": Verb(configs.EncodeConfig, "streamprep.verbs:encode", "shards -> latents and embeddings"),
     "run": Verb(configs.RunConfig, "streamprep.verbs:run", "pack + encode"),
     "retry": Verb(configs.RetryConfig, "streamprep.verbs:retry", "encode again what was bad"),
+    "convert": Verb(configs.ConvertConfig, "streamprep.verbs:convert", "a finished output -> another format"),
     "status": Verb(configs.StatusConfig, "streamprep.verbs:status", "how far a job is", resumable=False),
     "verify": Verb(
         configs.VerifyConfig,

@@ -52,7 +52,7 @@ def finalize(current: Job) -> Totals:
     if unfinished:
         raise UserError(
             f"{current.store.url}: {count(len(unfinished), 'unit')} of {len(current.plan.units)} not encoded yet "
-            f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
+            f"(the first is {unfinished[0].id}): run the same `{current.plan.command}` again"
         )
     records = list(current.records())
     for path in leftovers(current, records):
@@ -132,6 +132,8 @@ def _success(records: Sequence[Record]) -> bytes:
 def _index(records: Sequence[Record]) -> bytes:
     """``index.parquet``: for every row its key, file, row group and bucket, and where each tensor's bytes lie."""
     rows: list[dict[str, Any]] = []
+    written = [row for record in records for file in record.files for row in file.rows]
+    with_codec = any(tensor.codec != "raw" for row in written for tensor in row.tensors.values())
     for record in records:
         for file in record.files:
             for row in file.rows:
@@ -148,6 +150,8 @@ def _index(records: Sequence[Record]) -> bytes:
                         f"{name}_dtype": tensor.dtype,
                         f"{name}_shape": list(tensor.shape),
                     }
+                    if with_codec:
+                        entry[f"{name}_codec"] = tensor.codec
                 rows.append(entry)
     sink = io.BytesIO()
     table = pa.Table.from_pylist(rows) if rows else pa.table({"key": pa.array([], pa.string())})

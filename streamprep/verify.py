@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from streamprep import job, plugins
 from streamprep.finalize import leftovers, totals
@@ -18,7 +18,8 @@ from streamprep.progress import Progress
 from streamprep.record import QuarantineFile, Record
 from streamprep.shards import ShardIndex, check_shard
 from streamprep.storage import Store, StoreError
-from streamprep.types import WrittenFile
+from streamprep.tensor_members import decode_bytes, dtype_name, is_finite, same_bytes
+from streamprep.types import TensorLocation, WrittenFile
 
 _MOST_UNREAD = 5
 """Each may have been asked for again for minutes."""
@@ -230,15 +231,26 @@ def _check_rows(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]
     for row, (_, tensors) in zip(file.rows, exporter.read_file(store, file.name), strict=False):
         num_rows += 1
         for name, location in row.tensors.items():
-            array = tensors[name]
-            if array.shape != location.shape or str(array.dtype) != location.dtype:
-                yield f"{file.name}: {name} of {row.key!r} is {array.dtype}{array.shape}, the record says otherwise"
-            elif not np.isfinite(array).all():
+            tensor = tensors.get(name)
+            if tensor is None:
+                yield f"{file.name}: {name} of {row.key!r} is missing"
+            elif tuple(tensor.shape) != location.shape or dtype_name(tensor.dtype) != location.dtype:
+                yield f"{file.name}: {name} of {row.key!r} is {tensor.dtype}{[*tensor.shape]}, the record says other"
+            elif not is_finite(tensor):
                 yield f"{file.name}: {name} of {row.key!r} holds NaN or infinity"
-            elif store.read_range(file.name, location.offset, location.size) != array.tobytes():
+            elif not _is_at(store, file.name, location, tensor):
                 yield f"{file.name}: {name} of {row.key!r} is not at the recorded offset"
     if num_rows != len(file.rows):
         yield f"{file.name}: {num_rows} rows, the record says {len(file.rows)}"
+
+
+def _is_at(store: Store, name: str, location: TensorLocation, tensor: Tensor) -> bool:
+    data = store.read_range(name, location.offset, location.size)
+    try:
+        found = decode_bytes(data, dtype=location.dtype, shape=location.shape, codec=location.codec)
+    except ValueError:
+        return False
+    return same_bytes(found, tensor)
 
 
 def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
@@ -246,7 +258,10 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     yield from (f"key {key!r} is in {number} units" for key, number in keys.items() if number > 1)
     unfinished = current.unfinished()
     if unfinished:
-        yield f"{len(unfinished)} of {len(current.plan.units)} units are not encoded yet: run `streamprep encode` again"
+        yield (
+            f"{len(unfinished)} of {len(current.plan.units)} units are not encoded yet: run "
+            f"`{current.plan.command}` again"
+        )
         return
     if not current.store.exists(job.SUCCESS):
         yield f"{job.SUCCESS} is missing: run `streamprep finalize`"
@@ -256,9 +271,9 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        # From memory: pyarrow's threads may still hold a Python file when the process ends, which then aborts.
-        index = pa.BufferReader(current.store.read(job.INDEX))
-        indexed = pq.read_table(index, columns=["key"])["key"].to_pylist()
+        # In this thread: pyarrow's own may still hold Python's bytes when the process ends, which then aborts.
+        index = pq.ParquetFile(pa.BufferReader(current.store.read(job.INDEX)), pre_buffer=False)
+        indexed = index.read(columns=["key"], use_threads=False)["key"].to_pylist()
     except (OSError, ValueError) as error:
         finding = _finding(job.INDEX, error)
         yield finding if isinstance(finding, Unread) else f"{finding}: run `streamprep finalize`"
