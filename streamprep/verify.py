@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +20,11 @@ from streamprep.manifest import load_index, load_manifest
 from streamprep.progress import Progress
 from streamprep.record import QuarantineFile, Record
 from streamprep.shards import ShardIndex, check_shard
-from streamprep.storage import Store, StoreError
+from streamprep.storage import LocalStore, Store, StoreError
 from streamprep.tensor_members import decode_bytes, dtype_name, is_finite, same_bytes
 from streamprep.types import TensorLocation, WrittenFile
 
+_CHUNK_BYTES = 8 * 2**20
 _MOST_UNREAD = 5
 """Each may have been asked for again for minutes."""
 
@@ -199,6 +203,23 @@ def _reasons(current: Job, record: Record | None) -> dict[str, str]:
 
 
 def _check_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
+    """From a bucket by way of a temporary copy: what is read three times is asked for once."""
+    if store.local_path() is not None:
+        yield from _check_local_file(store, file, exporter)
+        return
+    with tempfile.TemporaryDirectory(prefix="streamprep-verify-") as folder:
+        copy = Path(folder) / file.name
+        copy.parent.mkdir(parents=True)
+        try:
+            with store.open(file.name) as opened, open(copy, "wb") as target:
+                shutil.copyfileobj(opened, target, _CHUNK_BYTES)
+        except OSError as error:
+            yield _finding(file.name, error)
+            return
+        yield from _check_local_file(LocalStore(Path(folder)), file, exporter)
+
+
+def _check_local_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
     damage = list(_check_digest(store, file))
     if damage:
         yield from damage
