@@ -21,7 +21,7 @@ from streamprep.errors import LatentMismatch, OutOfMemory, Stopped, TooManyBadSa
 from streamprep.launch import launch, wants_launching
 from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
 from streamprep.settings_file import with_file_defaults
-from streamprep.signals import signals_raise_stopped
+from streamprep.signals import ends_in_time, signals_raise_stopped
 from streamprep.storage import is_remote
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
@@ -50,6 +50,7 @@ VERBS = {
     "encode": Verb(configs.EncodeConfig, "streamprep.verbs:encode", "shards -> latents and embeddings"),
     "run": Verb(configs.RunConfig, "streamprep.verbs:run", "pack + encode"),
     "retry": Verb(configs.RetryConfig, "streamprep.verbs:retry", "encode again what was bad"),
+    "convert": Verb(configs.ConvertConfig, "streamprep.verbs:convert", "a finished output -> another format"),
     "status": Verb(configs.StatusConfig, "streamprep.verbs:status", "how far a job is", resumable=False),
     "verify": Verb(
         configs.VerifyConfig,
@@ -80,12 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: object = None
     try:
         config = parse(arguments[0], arguments[1:])
-        with signals_raise_stopped(then="the same command goes on from here" if verb.resumable else "nothing is kept"):
+        then = "the same command goes on from here" if verb.resumable else "nothing is kept"
+        with signals_raise_stopped(then=then):
             if wants_launching(config):
                 return launch(config, arguments)
             end_with_the_launcher()
             module, _, function = verb.run.partition(":")
-            return int(getattr(importlib.import_module(module), function)(config))
+            with ends_in_time(code=STOPPED, then=then):
+                return int(getattr(importlib.import_module(module), function)(config))
     except UserError as error:
         return complain(str(error), WRONG_USAGE)
     except TooManyBadSamples as error:

@@ -109,7 +109,19 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings:
+class LatentSettings:
+    """How the exporter stores tensors; what it can do, it says itself, its default first."""
+
+    latent_dtype: str | None = None
+    """What tensors are stored as: bfloat16, float16 or float32, as the exporter can; by default as it prefers."""
+    latent_format: str | None = None
+    """Exporter webdataset: safetensors (default) or npy, which has no bfloat16."""
+    latent_compression: str | None = None
+    """Exporter webdataset: none (default) or zstd, for cold storage: smaller and much slower to write and read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings(LatentSettings):
     """How to encode; shared by `encode` and `run`."""
 
     model_path: str
@@ -422,6 +434,42 @@ class RetryConfig(LaunchSettings):
             _above_zero(decode_timeout=self.decode_timeout)
         if self.decode_memory_mb is not None:
             _at_least(1, decode_memory_mb=self.decode_memory_mb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(LatentSettings, StoreSettings):
+    """Write a finished output again by another exporter, without encoding anything again.
+
+    Example: streamprep convert out out_webdataset --exporter webdataset
+
+    OUT stays as it is; NEW is an output like any other. Running the same command again goes on where it was stopped;
+    started under torchrun, or by hand in several places, it shares the units among all. The exporter that OUT names is
+    loaded and run: convert only outputs you trust.
+    """
+
+    POSITIONAL: ClassVar = ("source", "out")
+    source: Annotated[Positional[str], arg(metavar="OUT")]
+    """Finished output of `streamprep encode` or `convert`: a folder or a URL."""
+    out: Annotated[Positional[str], arg(metavar="NEW")]
+    """Where to write: a folder or a URL."""
+    exporter: str
+    """Output format to write."""
+    samples_per_file: int | None = None
+    """Most rows in a file; by default as OUT has it."""
+    posterior: Literal["mean"] | None = None
+    """Keep the mean only, where OUT holds mean and log variance."""
+    stale_seconds: float = 300.0
+    """Take a unit again whose process may have died, on another machine, when it has been away for so long, and for
+    three times the slowest unit."""
+    log_dir: str | None = None
+    """Folder for a log of every process as JSON lines; by default NEW/_streamprep/logs, or none if NEW is a bucket."""
+
+    def __post_init__(self) -> None:
+        StoreSettings.__post_init__(self)
+        _local_folder(log_dir=self.log_dir)
+        _above_zero(stale_seconds=self.stale_seconds)
+        if self.samples_per_file is not None:
+            _at_least(1, samples_per_file=self.samples_per_file)
 
 
 @dataclass(frozen=True, kw_only=True)

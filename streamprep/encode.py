@@ -39,7 +39,7 @@ from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import Shards, open_shards
 from streamprep.pipeline import Pipeline
 from streamprep.plan import SamplingRules
-from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
+from streamprep.prepare import exporter_options, fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size, too_large
 from streamprep.ranks import Rank, this_rank
 from streamprep.read import READ_AHEAD_BYTES
@@ -259,12 +259,14 @@ def _committer(current: Job, config: EncodeConfig, session: Session, *, max_bad_
 
 
 def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardWriter]:
+    exporter = load_exporter(config)
     return functools.partial(
-        load_exporter(config).open_shard,
+        exporter.open_shard,
         current.store,
         workload=config.workload_type,
         samples_per_file=config.samples_per_file,
         contract=current.plan.contract,
+        options=exporter_options(exporter, config),
         columns=current.plan.columns,
     )
 

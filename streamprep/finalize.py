@@ -52,10 +52,10 @@ def finalize(current: Job) -> Totals:
     if unfinished:
         raise UserError(
             f"{current.store.url}: {count(len(unfinished), 'unit')} of {len(current.plan.units)} not encoded yet "
-            f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
+            f"(the first is {unfinished[0].id}): run the same `{current.plan.command}` again"
         )
     if current.lacks_validation():
-        raise UserError(f"{current.store.url} lacks {job.VALIDATION}: run the same `streamprep encode` again")
+        raise UserError(f"{current.store.url} lacks {job.VALIDATION}: run the same `{current.plan.command}` again")
     records = list(current.records())
     for path in leftovers(current, records):
         current.store.delete(path, step="delete")
@@ -68,10 +68,15 @@ def finalize(current: Job) -> Totals:
 
 
 def is_finalized(current: Job) -> bool:
-    """Whether a job has ended, and no unit has been committed since."""
+    """Whether a job has ended, and no unit has been committed since, and all of it is published."""
+    return current.store.is_all_published() and has_true_success(current)
+
+
+def has_true_success(current: Job) -> bool:
+    """Whether ``SUCCESS.json`` is there, and says what it should."""
     if current.unfinished() or not current.store.exists(job.INDEX) or not current.store.exists(job.SUCCESS):
         return False
-    if current.lacks_validation() or not current.store.is_all_published():
+    if current.lacks_validation():
         return False
     return current.store.read(job.SUCCESS) == _success(list(current.records()))
 
@@ -131,6 +136,8 @@ def _success(records: Sequence[Record]) -> bytes:
 def _index(records: Sequence[Record]) -> bytes:
     """``index.parquet``: for every row its key, file, row group and bucket, and where each tensor's bytes lie."""
     rows: list[dict[str, Any]] = []
+    written = [row for record in records for file in record.files for row in file.rows]
+    with_codec = any(tensor.codec != "raw" for row in written for tensor in row.tensors.values())
     for record in records:
         for file in record.files:
             for row in file.rows:
@@ -147,6 +154,8 @@ def _index(records: Sequence[Record]) -> bytes:
                         f"{name}_dtype": tensor.dtype,
                         f"{name}_shape": list(tensor.shape),
                     }
+                    if with_codec:
+                        entry[f"{name}_codec"] = tensor.codec
                 rows.append(entry)
     sink = io.BytesIO()
     table = pa.Table.from_pylist(rows) if rows else pa.table({"key": pa.array([], pa.string())})

@@ -269,7 +269,7 @@ class _Packing:
             self._board.add("checked", 1)  # the launcher starts the other ranks
             if self._board.add("pack.begun", 1) == 1:
                 self._board.add("pack.videos", videos_done)
-                _forget_the_dead(self._attempts)
+                self._attempts.forget_the_dead()
         return left
 
     def _take(self, claims: Claims) -> str | Wait | None:
@@ -393,17 +393,6 @@ class _Files:
 
     def not_done(self, units: Iterable[str]) -> list[str]:
         return [unit for unit in units if not self.is_done(unit)]
-
-
-def _forget_the_dead(attempts: Attempts) -> None:
-    """A new run does not hold the end of an earlier one against its shards: all of them are needed."""
-    for unit, those in attempts.all().items():
-        gone = [one for one in those if one.ended is not None or one.by.is_gone(seen_by=attempts.worker)]
-        if len(gone) == len(those):
-            attempts.forget([unit])
-        for one in gone:
-            attempts.withdraw(one)
-    attempts.forget(attempts.failed())
 
 
 def _describe_set_aside(failed: Mapping[str, Sequence[Attempt]]) -> str:

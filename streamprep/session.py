@@ -16,7 +16,7 @@ from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import Stopped, TooManyBadSamples, UnitsSetAside
-from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_totals, totals
+from streamprep.finalize import Totals, finalize, has_true_success, leftovers, read_totals, totals
 from streamprep.fleet import Fleet
 from streamprep.job import Job, Unit
 from streamprep.pipeline import Pipeline
@@ -65,7 +65,7 @@ class Session:
         )
 
     @contextmanager
-    def working(self, claims: Claims, pipeline: Pipeline) -> Iterator[Fleet]:
+    def working(self, claims: Claims, pipeline: Pipeline | None = None) -> Iterator[Fleet]:
         """While units are encoded: tells the others; lets go of what is open at the end."""
         fleet = Fleet(
             board=self.board,
@@ -75,7 +75,8 @@ class Session:
             progress=self.progress,
             open_units=lambda: claims.open_units,
         )
-        fleet.work.waits = lambda: _waits(pipeline)
+        if pipeline is not None:
+            fleet.work.waits = lambda: _waits(pipeline)
         self.log.begin()
         with LastWords(self.worker), fleet, claims:
             yield fleet
@@ -106,10 +107,47 @@ def open_session(
     heeds_stop: bool = True,
 ) -> Iterator[Session]:
     """This process as a rank, as its launcher says."""
+    with begin_session(
+        out,
+        board,
+        verb="encoding",
+        unit="clips" if contract.video else "samples",
+        log_dir=config.log_dir,
+        stale_seconds=config.stale_seconds,
+        heeds_stop=heeds_stop,
+        device=config.device,
+    ) as session:
+        yield session
+
+
+@contextmanager
+def begin_session(
+    out: Store,
+    board: Board | None,
+    *,
+    verb: str,
+    unit: str,
+    log_dir: str | None,
+    stale_seconds: float,
+    heeds_stop: bool = True,
+    **about: object,
+) -> Iterator[Session]:
+    """The same for any kind of work on units of an output.
+
+    Args:
+        out: The output.
+        board: Of all ranks; by default as the environment says.
+        verb: What is done: ``encoding``.
+        unit: What its progress counts, in the plural.
+        log_dir: For the log; by default in the output if that is a folder.
+        stale_seconds: How long a unit is left to a process that may live, on another machine.
+        heeds_stop: Whether ``stop.json`` ends it.
+        **about: Said at the beginning of the log.
+    """
     rank = this_rank()
     worker = Worker.this(rank.number)
-    with RankLog(_log_folder(config, out), worker) as log:
-        log.event("start", host=worker.host, process=worker.pid, world_size=rank.world_size, device=config.device)
+    with RankLog(_log_folder(log_dir, out), worker) as log:
+        log.event("start", host=worker.host, process=worker.pid, world_size=rank.world_size, **about)
         try:
             yield Session(
                 rank=rank,
@@ -117,13 +155,8 @@ def open_session(
                 board=board or open_board(rank),
                 attempts=Attempts(out, job.FOLDER, worker),
                 log=log,
-                progress=Progress(
-                    total=0,
-                    unit="clips" if contract.video else "samples",
-                    verb="encoding",
-                    quiet=rank.number != 0,
-                ),
-                timing=Timing.of(config.stale_seconds, world_size=rank.world_size),
+                progress=Progress(total=0, unit=unit, verb=verb, quiet=rank.number != 0),
+                timing=Timing.of(stale_seconds, world_size=rank.world_size),
                 heeds_stop=heeds_stop,
             )
         except BaseException as error:
@@ -132,10 +165,10 @@ def open_session(
         log.event("end")
 
 
-def _log_folder(config: EncodeConfig, out: Store) -> Path | None:
+def _log_folder(log_dir: str | None, out: Store) -> Path | None:
     """Where logs go: a line at a time cannot be added to an object of a bucket."""
-    if config.log_dir:
-        return Path(config.log_dir)
+    if log_dir:
+        return Path(log_dir)
     root = out.local_path()
     return None if root is None else root / LOGS
 
@@ -160,10 +193,11 @@ def end(
     failed = failed_units(current, session.attempts)
     if failed:
         tidy(current, session.attempts)
-        raise UnitsSetAside(describe_failed(failed))
+        raise UnitsSetAside(describe_failed(failed, current))
     if current.unfinished():
         raise Stopped("another command has set units free that were set aside, and encodes them")
-    if anew and session.rank.number == 0 and not (is_finalized(current) and not leftovers(current)):
+    looks_again = anew and session.rank.number == 0 and current.store.exists(job.SUCCESS)
+    if looks_again and not (has_true_success(current) and not leftovers(current)):
         current.store.delete(job.SUCCESS, step="delete")
     claims = Claims(
         [_FINALIZE],
@@ -214,7 +248,7 @@ def check_worth_a_restart(config: EncodeConfig) -> None:
     current = job.open_job(out)
     obey_earlier_stop(current, config.max_bad_fraction)
     if only_failed_left(current):
-        raise UnitsSetAside(describe_failed(failed_units(current, Attempts(out, job.FOLDER, Worker.this()))))
+        raise UnitsSetAside(describe_failed(failed_units(current, Attempts(out, job.FOLDER, Worker.this())), current))
 
 
 def only_failed_left(current: Job) -> bool:
@@ -231,9 +265,10 @@ def failed_units(current: Job, attempts: Attempts) -> dict[str, list[Attempt]]:
     return {unit: tries for unit, tries in failed.items() if unit in left}
 
 
-def describe_failed(failed: Mapping[str, Sequence[Attempt]]) -> str:
+def describe_failed(failed: Mapping[str, Sequence[Attempt]], current: Job) -> str:
     """Which units are set aside, and why."""
-    then = "The rest is done; `streamprep retry OUT --failed` tries again"
+    command = "`streamprep retry OUT --failed`" if current.plan.converted is None else "the same command"
+    then = f"The rest is done; {command} tries again"
     return describe_set_aside(failed, noun="unit", then=then)
 
 

@@ -28,7 +28,6 @@ from streamprep.plan import ClipPlan, SamplingRules, TextPlan, UnitPlan, plan_un
 from streamprep.storage import Store
 from streamprep.stream import decode_units
 
-FOLDER = job.VALIDATION.rpartition("/")[0]
 NUM_INFERENCE_STEPS = 40
 """What FastVideo's own script writes."""
 
@@ -92,8 +91,14 @@ def _write_images(
     open_decoder: Callable[[], AbstractContextManager[Decoder]],
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """({name: sha256}, {key: why it has none}); those that an earlier process has written are kept."""
-    there = {entry.path.removeprefix(f"{FOLDER}/") for entry in out.list(f"{FOLDER}/images")}
-    digests = {name: canonical.bytes_digest(out.read(f"{FOLDER}/{name}")) for name in names.values() if name in there}
+    there = {
+        entry.path.removeprefix(f"{job.VALIDATION_FOLDER}/") for entry in out.list(f"{job.VALIDATION_FOLDER}/images")
+    }
+    digests = {
+        name: canonical.bytes_digest(out.read(f"{job.VALIDATION_FOLDER}/{name}"))
+        for name in names.values()
+        if name in there
+    }
     bad: dict[str, BadSample] = {}
     first_frames = [_first_frames(unit, [key for key, name in names.items() if name not in there]) for unit in units]
     with open_decoder() as decoder:
@@ -104,7 +109,7 @@ def _write_images(
                 bad[clip.key] = result.bad
                 continue
             data = _png(result.frames[0])
-            out.put(f"{FOLDER}/{names[clip.key]}", data, step="validation")
+            out.put(f"{job.VALIDATION_FOLDER}/{names[clip.key]}", data, step="validation")
             digests[names[clip.key]] = canonical.bytes_digest(data)
     reasons = {key: {"reason": error.reason, "exception": error.message} for key, error in bad.items()}
     return dict(sorted(digests.items())), reasons

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamprep.board import Board, open_board
 from streamprep.config import (
+    ConvertConfig,
     EncodeConfig,
     EncodeSettings,
     FinalizeConfig,
@@ -139,6 +140,16 @@ def retry(config: RetryConfig) -> int:
     return 4 if result.unfinished else 0
 
 
+def convert(config: ConvertConfig) -> int:
+    """Write a finished output again in another format, and print the totals."""
+    from streamprep.convert import convert as convert_output
+
+    totals = convert_output(config)
+    if this_rank().number == 0:
+        _print_totals(totals, config.out)
+    return 0
+
+
 def status(config: StatusConfig) -> int:
     """Print how far the job is; the exit code is the job's."""
     from streamprep import status as job_status
@@ -170,7 +181,8 @@ def verify(config: VerifyConfig) -> int:
         print("the rest was not looked at: this store does not give what is asked of it")
     if verdict.problems and not is_shards:
         print(
-            "to make a unit again, delete its record in _streamprep/records and run the same `encode` or `retry` again"
+            "to make a unit again, delete its record in _streamprep/records and run the same `encode`, `retry` or "
+            "`convert` again"
         )
     return 1 if verdict.problems or verdict.unread else 0
 

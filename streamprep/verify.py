@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from streamprep import canonical, job, plugins
 from streamprep.finalize import leftovers, totals
@@ -18,9 +21,11 @@ from streamprep.manifest import load_index, load_manifest
 from streamprep.progress import Progress
 from streamprep.record import QuarantineFile, Record
 from streamprep.shards import ShardIndex, check_shard
-from streamprep.storage import Store, StoreError
-from streamprep.types import WrittenFile
+from streamprep.storage import LocalStore, Store, StoreError
+from streamprep.tensor_members import decode_bytes, dtype_name, is_finite, same_bytes
+from streamprep.types import TensorLocation, WrittenFile
 
+_CHUNK_BYTES = 8 * 2**20
 _MOST_UNREAD = 5
 """Each may have been asked for again for minutes."""
 
@@ -127,7 +132,7 @@ def _check_validation(store: Store) -> Iterator[str]:
         yield f"{job.VALIDATION}: cannot be read: {error}"
         return
     for image, sha256 in images.items():
-        name = f"{job.VALIDATION.rpartition('/')[0]}/{image}"
+        name = f"{job.VALIDATION_FOLDER}/{image}"
         try:
             if canonical.bytes_digest(store.read(name)) != sha256:
                 yield f"{name}: its bytes differ from those that were written"
@@ -219,6 +224,23 @@ def _reasons(current: Job, record: Record | None) -> dict[str, str]:
 
 
 def _check_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
+    """From a bucket by way of a temporary copy: what is read three times is asked for once."""
+    if store.local_path() is not None:
+        yield from _check_local_file(store, file, exporter)
+        return
+    with tempfile.TemporaryDirectory(prefix="streamprep-verify-") as folder:
+        copy = Path(folder) / file.name
+        copy.parent.mkdir(parents=True)
+        try:
+            with store.open(file.name) as opened, open(copy, "wb") as target:
+                shutil.copyfileobj(opened, target, _CHUNK_BYTES)
+        except OSError as error:
+            yield _finding(file.name, error)
+            return
+        yield from _check_local_file(LocalStore(Path(folder)), file, exporter)
+
+
+def _check_local_file(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]:
     damage = list(_check_digest(store, file))
     if damage:
         yield from damage
@@ -251,15 +273,26 @@ def _check_rows(store: Store, file: WrittenFile, exporter: Any) -> Iterator[str]
     for row, (_, tensors) in zip(file.rows, exporter.read_file(store, file.name), strict=False):
         num_rows += 1
         for name, location in row.tensors.items():
-            array = tensors[name]
-            if array.shape != location.shape or str(array.dtype) != location.dtype:
-                yield f"{file.name}: {name} of {row.key!r} is {array.dtype}{array.shape}, the record says otherwise"
-            elif not np.isfinite(array).all():
+            tensor = tensors.get(name)
+            if tensor is None:
+                yield f"{file.name}: {name} of {row.key!r} is missing"
+            elif tuple(tensor.shape) != location.shape or dtype_name(tensor.dtype) != location.dtype:
+                yield f"{file.name}: {name} of {row.key!r} is {tensor.dtype}{[*tensor.shape]}, the record says other"
+            elif not is_finite(tensor):
                 yield f"{file.name}: {name} of {row.key!r} holds NaN or infinity"
-            elif store.read_range(file.name, location.offset, location.size) != array.tobytes():
+            elif not _is_at(store, file.name, location, tensor):
                 yield f"{file.name}: {name} of {row.key!r} is not at the recorded offset"
     if num_rows != len(file.rows):
         yield f"{file.name}: {num_rows} rows, the record says {len(file.rows)}"
+
+
+def _is_at(store: Store, name: str, location: TensorLocation, tensor: Tensor) -> bool:
+    data = store.read_range(name, location.offset, location.size)
+    try:
+        found = decode_bytes(data, dtype=location.dtype, shape=location.shape, codec=location.codec)
+    except ValueError:
+        return False
+    return same_bytes(found, tensor)
 
 
 def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
@@ -267,7 +300,10 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     yield from (f"key {key!r} is in {number} units" for key, number in keys.items() if number > 1)
     unfinished = current.unfinished()
     if unfinished:
-        yield f"{len(unfinished)} of {len(current.plan.units)} units are not encoded yet: run `streamprep encode` again"
+        yield (
+            f"{len(unfinished)} of {len(current.plan.units)} units are not encoded yet: run "
+            f"`{current.plan.command}` again"
+        )
         return
     if not current.store.exists(job.SUCCESS):
         yield f"{job.SUCCESS} is missing: run `streamprep finalize`"
@@ -277,9 +313,9 @@ def _check_whole(current: Job, records: list[Record]) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        # From memory: pyarrow's threads may still hold a Python file when the process ends, which then aborts.
-        index = pa.BufferReader(current.store.read(job.INDEX))
-        indexed = pq.read_table(index, columns=["key"])["key"].to_pylist()
+        # In this thread: pyarrow's own may still hold Python's bytes when the process ends, which then aborts.
+        index = pq.ParquetFile(pa.BufferReader(current.store.read(job.INDEX)), pre_buffer=False)
+        indexed = index.read(columns=["key"], use_threads=False)["key"].to_pylist()
     except (OSError, ValueError) as error:
         finding = _finding(job.INDEX, error)
         yield finding if isinstance(finding, Unread) else f"{finding}: run `streamprep finalize`"

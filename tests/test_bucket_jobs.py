@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +16,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from forks import Forks
+from forks import Forks, Process
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
 from servers import Server
 from servers.fake_hf import READ_TOKEN, TOKEN
 from servers.fault_proxy import FaultProxy
-from servers.faults import Answer, DropHeaders, LoseReply
+from servers.faults import Answer, DropHeaders, LoseReply, StallReply
 from servers.http_files import http_files
 from servers.s3_buckets import s3_client, unfinished_uploads
 
@@ -324,6 +327,41 @@ def test_credentials_that_expire_end_the_rank_and_the_same_command_goes_on_with_
         assert ": 0 problems" in done(run_cli("verify", f"{bucket}/after-{skip}")).output
     assert not list(temporary.rglob("*.tmp"))
     assert unfinished_uploads(moto_server.env, bucket) == []
+
+
+@pytest.mark.parametrize("verb", ["pack", "encode"])
+def test_a_request_without_an_answer_does_not_hold_up_who_is_asked_to_stop(
+    verb: str,
+    moto_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    tiny_model: Path,
+    run_cli: RunCli,
+    forks: Forks,
+) -> None:
+    """It took two minutes: the handler waited for the request to be given up, and sent again, and given up."""
+    bucket = new_bucket(moto_server)
+    _, proxy = faulty(moto_server)
+    to = f"{bucket}/place"
+    commands = {
+        "pack": ("pack", dataset, to, "--shard-size-mb", 1, "--num-workers", 1),
+        "encode": ("encode", local_job[0].url, to, "--model-path", tiny_model, *FLAGS, "--grace-seconds", 1),
+    }
+    stalled = proxy.inject("^PUT .*(tar|parquet)$", StallReply(300, at=0))
+    environment = {name: value for name, value in os.environ.items() if name.startswith((*PROVIDERS, "TMPDIR"))}
+    process = forks.start(*commands[verb], environment=environment)
+    stalled.wait(seconds=60)
+    began = time.monotonic()
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 4, process.output
+    assert time.monotonic() - began < 30
+    assert "stopped by SIGTERM" in process.output and "the same command goes on" in process.output
+    process.wait_until_all_gone(seconds=20)
+    proxy.clear()
+    done(run_cli(*commands[verb]))
+    assert ": 0 problems" in done(run_cli("verify", to)).output
 
 
 @pytest.mark.s3
@@ -734,3 +772,46 @@ def test_what_was_bad_is_encoded_again_and_published_on_top(
     assert first.items() < now.items()
     assert rows(open_store(out)) == rows(local_job[1])
     assert ": 0 problems" in done(run_cli("verify", out)).output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_commands_side_by_side_that_are_killed_at_any_moment_publish_once(
+    seed: int,
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    local_job: tuple[Store, Store],
+    tiny_model: Path,
+    forks: Forks,
+    temporary: Path,
+) -> None:
+    out = f"{new_bucket(fake_hf_server)}/out"
+    _, proxy = faulty(fake_hf_server)
+    proxy.inject("", Answer(503), probability=0.03)
+    proxy.inject("^POST .*/commit/main", LoseReply(), times=1)
+    dice = random.Random(seed)
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "TMPDIR", "XDG_"))}
+
+    def start() -> Process:
+        arguments = ("encode", local_job[0].url, out, "--model-path", tiny_model, *FLAGS, "--stale-seconds", 5)
+        return forks.start(*arguments, environment=environment)
+
+    running = [start() for _ in range(3)]
+    for _ in range(5):
+        time.sleep(dice.uniform(1.0, 4.0))
+        victim = dice.randrange(len(running))
+        running[victim].kill()
+        running[victim].wait()
+        running[victim] = start()
+    for process in running:
+        assert process.wait() == 0, process.output
+    proxy.clear()
+    assert commits(proxy) == 1
+    assert not staged(temporary)
+    assert published(out, "combined_parquet_dataset") == contents(local_job[1], "combined_parquet_dataset")
+    assert ": 0 problems" in done(Ran(*_ended(forks.run("verify", out, environment=environment)))).output
+
+
+def _ended(process: Process) -> tuple[int, str]:
+    return process.wait(), process.output

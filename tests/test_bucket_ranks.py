@@ -206,10 +206,14 @@ class Ranks:
                 self._newest[number] = self.start(number)
                 self.all.append(self._newest[number])
 
-    def settle(self) -> None:
-        """Wake up who sleeps, and wait for all."""
+    def wake_up(self) -> None:
+        """All who stand still."""
         for rank in self.all:
             rank.kill(signal.SIGCONT)
+
+    def settle(self) -> None:
+        """Wake up who sleeps, and wait for all."""
+        self.wake_up()
         for rank in self.all:
             code = rank.wait()
             too_early = code == -signal.SIGTERM and not rank.output  # it had not come to setting its handlers
@@ -231,13 +235,20 @@ class Chaos:
         while self.killed.total() < self._num_kills:
             yield f"{self._bucket.url}/{name}-{self._num_runs}"
 
-    def harm(self, start: StartRank) -> None:
-        """One run: it is harmed up to ten times, and then ends well."""
+    def harm(self, start: StartRank, *, sleep_until_the_end: bool) -> None:
+        """One run: it is harmed up to ten times, and then ends well.
+
+        Args:
+            start: Starts one of its ranks.
+            sleep_until_the_end: Whether those that stand still do so until all is done, which others must not wait for.
+        """
         self._trouble.begin()
         ranks = Ranks(start, self._random)
         while ranks.any_left() and ranks.killed.total() < min(self._num_kills - self.killed.total(), 10):
             time.sleep(self._random.uniform(0.0, 1.2))
             ranks.harm()
+        if not sleep_until_the_end:
+            ranks.wake_up()
         self._finish(start)
         ranks.settle()
         self._trouble.end()
@@ -307,7 +318,8 @@ def test_ranks_that_encode_from_bucket_to_bucket_are_killed_while_the_store_fail
         chaos.harm(
             lambda rank, job=job, run=run: run.start(
                 job, rank, environment=bucket.environment, serial=is_quick, num_workers=1
-            )
+            ),
+            sleep_until_the_end=True,
         )
         current = open_job(open_store(out))
         assert verify_job(current).problems == []
@@ -331,7 +343,8 @@ def test_ranks_that_pack_into_a_bucket_are_killed_while_the_store_fails(
         chaos.harm(
             lambda rank, command=command, run=run: forks.start(
                 *command, environment=run.environment(rank) | bucket.environment
-            )
+            ),
+            sleep_until_the_end=False,  # `pack` waits five minutes for who may live
         )
         assert bucket.digests(shards) == packed
         assert verify_shards(open_store(shards)).problems == []

@@ -31,6 +31,7 @@ from streamprep.job import Job, JobPlan, Unit, open_job, start_or_join
 from streamprep.plan import Excluded, UnitPlan
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.storage import open_store
+from streamprep.tensor_members import CODECS
 from streamprep.types import EncodedClip, EncodedSample, TensorLocation, WrittenFile, WrittenRow
 
 if TYPE_CHECKING:
@@ -150,9 +151,16 @@ plans = st.builds(
     data_folder=texts,
     units=st.lists(units, max_size=3).map(tuple),
     versions=st.dictionaries(texts, texts, max_size=3),
+    columns=st.dictionaries(texts, texts, max_size=3),
+    converted=st.none() | settings_of_a_part,
 )
 locations = st.builds(
-    TensorLocation, offset=counts, size=counts, dtype=texts, shape=st.lists(counts, max_size=4).map(tuple)
+    TensorLocation,
+    offset=counts,
+    size=counts,
+    dtype=texts,
+    shape=st.lists(counts, max_size=4).map(tuple),
+    codec=st.sampled_from(CODECS),
 )
 rows = st.builds(
     WrittenRow, key=texts, bucket=texts, row_group=counts, tensors=st.dictionaries(texts, locations, max_size=2)
@@ -175,6 +183,18 @@ records = st.builds(
 @given(plans)
 def test_a_plan_is_read_back_as_it_was_written(plan: JobPlan) -> None:
     assert JobPlan.from_json(plan.to_json()) == plan
+
+
+@given(plans)
+def test_columns_keep_their_order(plan: JobPlan) -> None:
+    """It is that of the output's columns; JSON's keys are sorted, and resumed jobs wrote them so."""
+    assert list(JobPlan.from_json(plan.to_json()).columns) == list(plan.columns)
+
+
+def test_a_plan_of_the_time_when_columns_were_an_object_is_read(tmp_path: Path) -> None:
+    plan = make_job(tmp_path).plan
+    value = json.loads(plan.to_json()) | {"columns": {"a": "string", "b": "int64"}}
+    assert JobPlan.from_json(json.dumps(value).encode()).columns == {"a": "string", "b": "int64"}
 
 
 @given(records)

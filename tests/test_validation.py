@@ -215,6 +215,14 @@ def test_another_split_on_the_same_output_is_refused(
     assert "sampling.validation_split: 2 there, 3 now" in capsys.readouterr().err
 
 
+def test_convert_takes_it_along(i2v_job: Path, tmp_path: Path) -> None:
+    assert cli.main(["convert", str(i2v_job), str(tmp_path / "new"), "--exporter", "webdataset"]) == 0
+    assert verify_job(open_job(open_store(tmp_path / "new"))).problems == []
+    for path in (i2v_job / "validation").rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "new" / path.relative_to(i2v_job)).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("point", [f"{step}{when}" for step in VALIDATION_STEPS for when in ("", ".after", ":3")])
 def test_killed_at_any_of_its_steps_it_ends_as_if_it_had_not_been(
     dataset: Path,

@@ -27,7 +27,7 @@ from huggingface_hub import constants
 from streamprep.errors import UserError
 from streamprep.storage.hub_commit import Publication
 from streamprep.storage.hub_requests import ERRORS, HubFile, HubPlace, HubRequests
-from streamprep.storage.interface import FileEntry, Store, StoreError, StoreStats, parts_of
+from streamprep.storage.interface import FileEntry, FileReplaced, Store, StoreError, StoreStats, parts_of
 from streamprep.storage.local import LocalFile
 from streamprep.storage.ranged import RangedFile
 from streamprep.storage.staging import Staging, staging_folder
@@ -118,7 +118,7 @@ class HubStore:
         """Exactly ``size`` bytes from ``offset``; `EOFError` if the file is shorter."""
         path = self._name(path)
         if version is not None and version not in {entry.version for entry in self.list(_parent(path))}:
-            raise StoreError(f"{self.url}/{path}", "it was replaced while it was read")
+            raise FileReplaced(f"{self.url}/{path}", "it was replaced while it was read")
 
         def ask(view: _View) -> bytes:
             if view.is_staged and self._staging.files.exists(path):

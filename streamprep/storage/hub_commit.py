@@ -69,6 +69,12 @@ class Publication:
         for attempt in range(_ATTEMPTS):
             head = self._hub.commit_of(self._place.revision)
             there = {file.path: file for file in self._hub.tree("", head, recursive=True)}
+            if summary is not None and (
+                summary in self._deletions or summary not in self._additions.keys() | there.keys()
+            ):
+                raise StoreError(
+                    f"{self._place.url}/{summary}", "another process has removed it: run the same command again"
+                )
             missing = [name for name, addition in self._additions.items() if not _is(addition, there.get(name))]
             surplus = sorted(self._deletions & there.keys())
             if not missing and not surplus:
@@ -153,7 +159,8 @@ class Publication:
                 )
 
     def _is_new_and_ours(self, name: str, before: Mapping[str, HubFile], now: Mapping[str, HubFile]) -> bool:
-        return now.get(name) != before.get(name) and _is(self._additions[name], now.get(name))
+        addition = self._additions.get(name)
+        return addition is not None and now.get(name) != before.get(name) and _is(addition, now.get(name))
 
     def _check_untouched(self, head: str, before: Mapping[str, HubFile], there: Mapping[str, HubFile]) -> None:
         """Refuse to replace what somebody else has put there since the job began."""

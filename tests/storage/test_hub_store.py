@@ -532,6 +532,22 @@ def test_the_same_result_of_another_machine_is_enough_whatever_it_says_of_itself
         open_hub(url, spool_dir=str(tmp_path / "three")).publish_all(summary="summary")
 
 
+def test_nothing_is_published_without_its_summary(url: str) -> None:
+    add(url, {"summary": b"1"})
+    store = open_hub(url)
+    store.put("stray", b"1", step="data")
+    store.delete("summary", step="delete")
+    with pytest.raises(StoreError, match="summary: another process has removed it"):
+        store.publish_all(summary="summary")
+    assert published(url) == {"summary": b"1"}
+    store.put("summary", b"2", step="success")
+    store.publish_all(summary="summary")
+    assert published(url) == {"summary": b"2", "stray": b"1"}
+    store.put("stray", b"2", step="data")
+    store.publish_all(summary="summary")  # which is there as it was
+    assert published(url) == {"summary": b"2", "stray": b"2"}
+
+
 def test_a_file_that_the_repository_ignores_is_missed(url: str) -> None:
     store = open_hub(url)
     store.put("a.ignored", b"1", step="data")
