@@ -10,6 +10,7 @@ writing costs about as much as writing the bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from streamprep import canonical
 from streamprep.storage import PendingFile, Store
-from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
+from streamprep.tensor_members import decode_bytes
+from streamprep.types import EncodedClip, EncodedSample, TensorLocation, WrittenFile, WrittenRow
 
 FOLDER = "combined_parquet_dataset"
 MAX_FILE_BYTES = 512 * 10**6
@@ -32,8 +35,8 @@ TENSORS = {
 """The tensors of each workload, in the schema's order."""
 WORKLOADS = tuple(TENSORS)
 POSTERIORS = ("mean",)
-DTYPES = ("float32",)
-"""What tensors can be stored as."""
+OPTIONS = {"latent_dtype": ("float32",)}
+"""What can be chosen, the default first."""
 _ARROW = {
     "bool": pa.bool_(),
     "int64": pa.int64(),
@@ -93,6 +96,7 @@ def open_shard(
     workload: str,
     samples_per_file: int,
     contract: Mapping[str, Any],
+    options: Mapping[str, str] | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> FastVideoWriter:
     """A writer of one unit.
@@ -103,6 +107,7 @@ def open_shard(
         workload: Which schema.
         samples_per_file: Most rows in a file; a file also ends at 512 MB.
         contract: Goes into every file's metadata.
+        options: Each of `OPTIONS`, which leave no choice.
         columns: Further columns, after the schema's own, and their types.
     """
     further = [pa.field(name, _ARROW[kind]) for name, kind in (columns or {}).items()]
@@ -257,19 +262,78 @@ def _is_tensor_column(name: str) -> bool:
     return name.endswith("_bytes")
 
 
-def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, np.ndarray[Any, Any]]]]:
+def contract_problem(contract: Mapping[str, Any]) -> str | None:
+    """Why latents of a contract cannot be held, None if they can.
+
+    FastVideo's trainers normalise raw latents and pad trimmed embeddings themselves, and look at no contract.
+    """
+    video, text = contract["video"], contract["text"]
+    if video is not None and video["space"] != "raw":
+        return f"latents are {video['space']}, its trainers take them raw and normalise them once more"
+    if text["padding"] != "trimmed":
+        return f"text embeddings are {text['padding']}, its trainers would take padding for words"
+    return None
+
+
+def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The rows of a file as a stranger's Parquet reader sees them: (id, tensors by name), a row at a time."""
+    yield from ((row["id"], _tensors(row)) for row in _read_rows(store, name))
+
+
+def read_samples(
+    store: Store, file: WrittenFile, *, workload: str, train_fps: float, columns: Mapping[str, str]
+) -> Iterator[EncodedSample]:
+    """The rows of a file as they were written.
+
+    Args:
+        store: Of the output.
+        file: As its record has it.
+        workload: Which schema.
+        train_fps: Rate that the frames were sampled at, which no column says exactly.
+        columns: The further columns, in their order.
+    """
+    with_clips = workload != "text"
+    for written, row in zip(file.rows, _read_rows(store, file.name), strict=True):
+        clip = None
+        if with_clips:
+            clip = EncodedClip(
+                width=row["width"],
+                height=row["height"],
+                num_frames=int(written.bucket.partition("x")[0]),
+                train_fps=train_fps,
+                source_fps=row["fps"],
+                media_type=row["media_type"],
+            )
+        yield EncodedSample(
+            key=written.key,
+            id=row["id"],
+            tensors=_tensors(row),
+            file_name=row["file_name"] if with_clips else _file_name(row["id"], written.key),
+            caption=row["caption"],
+            clip=clip,
+            columns={name: row[name] for name in columns},
+        )
+
+
+def _read_rows(store: Store, name: str) -> Iterator[dict[str, Any]]:
     with store.open(name) as file:
-        parquet = pq.ParquetFile(file)
+        # In this thread: pyarrow's own may still hold the Python file when the process ends, which then aborts.
+        parquet = pq.ParquetFile(file, pre_buffer=False)
         for number in range(parquet.num_row_groups):
-            for row in parquet.read_row_group(number).to_pylist():
-                tensors = {
-                    column.removesuffix("_bytes"): _array(row, column.removesuffix("_bytes"))
-                    for column in row
-                    if _is_tensor_column(column) and row[column]
-                }
-                yield row["id"], tensors
+            yield from parquet.read_row_group(number, use_threads=False).to_pylist()
 
 
-def _array(row: Mapping[str, Any], name: str) -> np.ndarray[Any, Any]:
-    return np.frombuffer(row[f"{name}_bytes"], dtype=row[f"{name}_dtype"]).reshape(row[f"{name}_shape"])
+def _tensors(row: Mapping[str, Any]) -> dict[str, Tensor]:
+    names = [column.removesuffix("_bytes") for column in row if _is_tensor_column(column)]
+    return {
+        name: decode_bytes(row[f"{name}_bytes"], dtype=row[f"{name}_dtype"], shape=row[f"{name}_shape"])
+        for name in names
+        if row[f"{name}_dtype"]
+    }
+
+
+def _file_name(id: str, key: str) -> str:
+    """What an id was before it got its key's suffix: ``#NN`` of a window, ``@NN`` of a caption."""
+    suffix = re.search(r"[#@].*|$", key)
+    assert suffix is not None
+    return id.removesuffix(suffix[0])

@@ -252,6 +252,16 @@ class Attempts:
 
     # --- clearing
 
+    def forget_the_dead(self) -> None:
+        """For a new run that does not hold the end of an earlier one against its units: it needs all of them."""
+        for unit, those in self.all().items():
+            gone = [one for one in those if one.ended is not None or one.by.is_gone(seen_by=self.worker)]
+            if len(gone) == len(those):
+                self.forget([unit])
+            for one in gone:
+                self.withdraw(one)
+        self.forget(self.failed())
+
     def forget(self, units: Iterable[str]) -> None:
         """Remove what is known of some units: they have their records, or are to be tried as if for the first time."""
         wanted = set(units)

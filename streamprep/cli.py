@@ -21,7 +21,7 @@ from streamprep.errors import LatentMismatch, OutOfMemory, Stopped, TooManyBadSa
 from streamprep.launch import launch, wants_launching
 from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
 from streamprep.settings_file import with_file_defaults
-from streamprep.signals import signals_raise_stopped
+from streamprep.signals import ends_in_time, signals_raise_stopped
 from streamprep.storage import is_remote
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
@@ -50,6 +50,7 @@ VERBS = {
     "encode": Verb(configs.EncodeConfig, "streamprep.verbs:encode", "shards -> latents and embeddings"),
     "run": Verb(configs.RunConfig, "streamprep.verbs:run", "pack + encode"),
     "retry": Verb(configs.RetryConfig, "streamprep.verbs:retry", "encode again what was bad"),
+    "convert": Verb(configs.ConvertConfig, "streamprep.verbs:convert", "a finished output -> another format"),
     "status": Verb(configs.StatusConfig, "streamprep.verbs:status", "how far a job is", resumable=False),
     "verify": Verb(
         configs.VerifyConfig,
@@ -76,33 +77,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     verb = VERBS.get(arguments[0])
     if verb is None:
-        return _complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
+        return complain(f"there is no verb {arguments[0]!r}\n\n{_overview()}", WRONG_USAGE)
     config: object = None
     try:
         config = parse(arguments[0], arguments[1:])
-        with signals_raise_stopped(then="the same command goes on from here" if verb.resumable else "nothing is kept"):
+        then = "the same command goes on from here" if verb.resumable else "nothing is kept"
+        with signals_raise_stopped(then=then):
             if wants_launching(config):
                 return launch(config, arguments)
             end_with_the_launcher()
             module, _, function = verb.run.partition(":")
-            return int(getattr(importlib.import_module(module), function)(config))
+            with ends_in_time(code=STOPPED, then=then):
+                return int(getattr(importlib.import_module(module), function)(config))
     except UserError as error:
-        return _complain(str(error), WRONG_USAGE)
+        return complain(str(error), WRONG_USAGE)
     except TooManyBadSamples as error:
-        return _complain(str(error), TOO_MANY_BAD)
+        return complain(str(error), TOO_MANY_BAD)
     except Stopped as error:
-        return _complain(str(error), STOPPED)
+        return complain(str(error), STOPPED)
     except (LatentMismatch, UnitsSetAside) as error:
-        return _complain(str(error), SETTLED if LAUNCHER in os.environ else FAILED)
+        return complain(str(error), SETTLED if LAUNCHER in os.environ else FAILED)
     except OutOfMemory as error:
-        return _complain(str(error), FAILED)
+        return complain(str(error), FAILED)
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
         full = error.errno == errno.ENOSPC and verb.resumable
         room = f"with more room{_in_the_spool(config)}, the same command goes on from here"
-        return _complain(f"{error}{f'; {room}' if full else ''}", FAILED)
+        return complain(f"{error}{f'; {room}' if full else ''}", FAILED)
 
 
 def _in_the_spool(config: object) -> str:
@@ -138,7 +141,8 @@ def _overview() -> str:
     )
 
 
-def _complain(message: str, code: int) -> int:
+def complain(message: str, code: int) -> int:
+    """Say what went wrong, and in which rank; the exit code."""
     rank = os.environ.get("RANK", "0")
     who = "streamprep" if rank == "0" else f"streamprep (rank {rank})"
     print(f"{who}: {message}", file=sys.stderr)

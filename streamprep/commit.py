@@ -127,7 +127,7 @@ class Committer:
         if self.job.commit(record):
             self._tally.add(record)
         else:
-            record = self._give_way(record)
+            record = give_way(self.job, record)
         self._unit_bad, self._unit_dropped, self._unit_decoders, self._unit_rows = [], [], Counter(), 0
         self._unit_halved = {}
         self._unit_began = time.monotonic()
@@ -200,14 +200,15 @@ class Committer:
         self.job.store.put(job.STOP, canonical.to_pretty_json(stop), step="stop")
         raise TooManyBadSamples(stop["message"])
 
-    def _give_way(self, ours: Record) -> Record:
-        """Another process committed this unit first: its record counts, our files that it does not name go."""
-        theirs = self.job.record(ours.unit)
-        assert theirs is not None
-        kept = named_files(theirs)
-        for name in named_files(ours) - kept:
-            self.job.store.delete(name, step="delete")
-        return theirs
+
+def give_way(current: Job, ours: Record) -> Record:
+    """Another process committed this unit first: its record counts, our files that it does not name go."""
+    theirs = current.record(ours.unit)
+    assert theirs is not None
+    kept = named_files(theirs)
+    for name in named_files(ours) - kept:
+        current.store.delete(name, step="delete")
+    return theirs
 
 
 def obey_earlier_stop(current: Job, max_bad_fraction: float) -> None:

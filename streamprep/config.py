@@ -9,6 +9,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from streamprep.columns import parse_names
 from streamprep.errors import UserError
+from streamprep.held_out import parse_split
 
 TEXT_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -18,7 +19,9 @@ class StoreSettings:
     """How to write to a bucket; nothing of it shows in the output."""
 
     spool_dir: str | None = None
-    """Local folder where files for a bucket are built before they are uploaded; by default that of temporary files."""
+    """Local folder where files for a bucket are built before they are uploaded, and large videos from one are kept
+    while they are packed, by default that of temporary files; or where those for the Hugging Face hub lie until all is
+    done, by default ~/.cache/streamprep (XDG_CACHE_HOME)."""
     only_writer: bool = False
     """Write to a bucket that cannot create files only if they are absent: you promise that no other process does."""
 
@@ -40,6 +43,8 @@ class PackSettings(StoreSettings):
     """Column with the captions; by default cap, caption, captions, text or prompt."""
     split: str | None = None
     """Split of an hf dataset; by default train."""
+    annotations: str | None = None
+    """JSON file of a merged dataset whose videos are elsewhere, in DATASET; by default DATASET/videos2caption.json."""
     shard_size_mb: int = 256
     """Most MiB of video in a shard."""
     shuffle: int | None = None
@@ -62,10 +67,10 @@ class PackConfig(PackSettings):
 
     POSITIONAL: ClassVar = ("dataset", "shards")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
-    --dataset-type hf."""
+    """Folder or manifest file with the videos and captions, its URL in a bucket (s3://BUCKET/PREFIX, gs://..., az://...),
+    hf://datasets/ORG/NAME, or ORG/NAME with --dataset-type hf."""
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder to write the shards to, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
     captions_only: bool = False
     """Leave the videos out: the shards are for --workload-type text only."""
     num_workers: int = 0
@@ -87,9 +92,9 @@ class IndexConfig:
 
     POSITIONAL: ClassVar = ("shards",)
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """Folder with the tars, at any depth."""
+    """Folder with the tars, at any depth, or s3://BUCKET/PREFIX, gs://..., az://..."""
     to: str | None = None
-    """Folder for the index, with links to the tars; by default it is written beside them."""
+    """Local folder for the index, with links to local tars; by default it is written beside them."""
     caption_column: str | None = None
     """Field of KEY.json with the captions; by default KEY.txt, else cap, caption, captions, text or prompt."""
     prefix_keys: bool = False
@@ -104,7 +109,19 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings:
+class LatentSettings:
+    """How the exporter stores tensors; what it can do, it says itself, its default first."""
+
+    latent_dtype: str | None = None
+    """What tensors are stored as: bfloat16, float16 or float32, as the exporter can; by default as it prefers."""
+    latent_format: str | None = None
+    """Exporter webdataset: safetensors (default) or npy, which has no bfloat16."""
+    latent_compression: str | None = None
+    """Exporter webdataset: none (default) or zstd, for cold storage: smaller and much slower to write and read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings(LatentSettings):
     """How to encode; shared by `encode` and `run`."""
 
     model_path: str
@@ -154,6 +171,9 @@ class EncodeSettings:
     better: then it's others in every epoch."""
     clean_captions: bool = True
     """Clean captions as the model's pipeline does (ftfy, HTML entities, white space). FastVideo does not."""
+    validation_split: str | None = None
+    """Hold so many videos, or this share of them (0.01), out of the output, drawn by --seed and key, and write them as
+    FastVideo's validation.json, with their first frames for i2v, to OUT/validation."""
     negative_prompt: str = ""
     """Also encode this prompt, beside the empty one, for guidance."""
     keep_columns: str | None = None
@@ -237,6 +257,8 @@ class EncodeSettings:
             _at_least(1, window_stride=self.window_stride)
         if self.keep_columns is not None:
             parse_names(self.keep_columns)
+        if self.validation_split is not None:
+            parse_split(self.validation_split)
         _at_least(0, drop_short_ratio=self.drop_short_ratio)
         _at_most(1, drop_short_ratio=self.drop_short_ratio)
         self._check_windows()
@@ -312,10 +334,10 @@ class EncodeConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards", "out")
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..., or some of its
-    tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/... or https://...,
+    or some of its tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
 
     def __post_init__(self) -> None:
         EncodeSettings.__post_init__(self)
@@ -333,8 +355,8 @@ class PlanConfig(EncodeSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("shards",)
     shards: Annotated[Positional[str], arg(metavar="SHARDS")]
-    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://... or https://..., or some of its
-    tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
+    """What `streamprep pack` wrote: a folder, s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/... or https://...,
+    or some of its tars: s3://BUCKET/PREFIX/{000000..000099}.tar"""
     out: str | None = None
     """Write every decision to this Parquet file: a path, or a URL in a bucket."""
 
@@ -354,10 +376,10 @@ class RunConfig(EncodeSettings, PackSettings, LaunchSettings):
 
     POSITIONAL: ClassVar = ("dataset", "out")
     dataset: Annotated[Positional[str], arg(metavar="DATASET")]
-    """Folder or manifest file with the videos and captions, hf://datasets/ORG/NAME, or ORG/NAME with
-    --dataset-type hf."""
+    """Folder or manifest file with the videos and captions, its URL in a bucket (s3://BUCKET/PREFIX, gs://..., az://...),
+    hf://datasets/ORG/NAME, or ORG/NAME with --dataset-type hf."""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..."""
+    """Folder for the latents, or s3://BUCKET/PREFIX, gs://..., az://..., hf://datasets/ORG/NAME/FOLDER."""
     shards: str | None = None
     """Folder for the shards; by default OUT/_streamprep/shards."""
 
@@ -415,6 +437,42 @@ class RetryConfig(LaunchSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig(LatentSettings, StoreSettings):
+    """Write a finished output again by another exporter, without encoding anything again.
+
+    Example: streamprep convert out out_webdataset --exporter webdataset
+
+    OUT stays as it is; NEW is an output like any other. Running the same command again goes on where it was stopped;
+    started under torchrun, or by hand in several places, it shares the units among all. The exporter that OUT names is
+    loaded and run: convert only outputs you trust.
+    """
+
+    POSITIONAL: ClassVar = ("source", "out")
+    source: Annotated[Positional[str], arg(metavar="OUT")]
+    """Finished output of `streamprep encode` or `convert`: a folder or a URL."""
+    out: Annotated[Positional[str], arg(metavar="NEW")]
+    """Where to write: a folder or a URL."""
+    exporter: str
+    """Output format to write."""
+    samples_per_file: int | None = None
+    """Most rows in a file; by default as OUT has it."""
+    posterior: Literal["mean"] | None = None
+    """Keep the mean only, where OUT holds mean and log variance."""
+    stale_seconds: float = 300.0
+    """Take a unit again whose process may have died, on another machine, when it has been away for so long, and for
+    three times the slowest unit."""
+    log_dir: str | None = None
+    """Folder for a log of every process as JSON lines; by default NEW/_streamprep/logs, or none if NEW is a bucket."""
+
+    def __post_init__(self) -> None:
+        StoreSettings.__post_init__(self)
+        _local_folder(log_dir=self.log_dir)
+        _above_zero(stale_seconds=self.stale_seconds)
+        if self.samples_per_file is not None:
+            _at_least(1, samples_per_file=self.samples_per_file)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatusConfig:
     """Say how far a job is, and exit as the job would: 0 done, 3 too many bad samples, 4 resumable.
 
@@ -426,6 +484,8 @@ class StatusConfig:
     """Output of `streamprep encode`: a folder or a URL."""
     contract: bool = False
     """Show the latent contract instead: what the tensors are, of which model, layer, normalisation, padding."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,6 +498,8 @@ class VerifyConfig:
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`, or shards of `streamprep pack`."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,6 +514,8 @@ class FinalizeConfig:
     POSITIONAL: ClassVar = ("out",)
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`: a folder or a URL."""
+    spool_dir: str | None = None
+    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 def _local_folder(**fields: str | None) -> None:

@@ -16,8 +16,6 @@ from typing import Any
 
 from streamprep.errors import UserError
 
-_FLOAT32_BYTES = 4
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoContract:
@@ -132,10 +130,10 @@ class LatentContract:
                 shapes[name] = self.video.latent_shape(num_frames=num_frames, height=height, width=width)
         return shapes
 
-    def row_bytes(self, *, num_frames: int, height: int, width: int) -> int:
-        """Size of one row's float32 tensors without the text embedding, of which only the greatest length is known."""
+    def row_bytes(self, *, num_frames: int, height: int, width: int, value_bytes: int = 4) -> int:
+        """Size of one row's tensors without the text embedding, of which only the greatest length is known."""
         shapes = self.tensor_shapes(num_frames=num_frames, height=height, width=width)
-        return sum(_FLOAT32_BYTES * math.prod(shape) for shape in shapes.values())
+        return value_bytes * sum(map(math.prod, shapes.values()))
 
     def check_geometry(self, *, height: int, width: int, num_frames: int, bucket: str | None = None) -> None:
         """Refuse a size the model cannot encode without cutting something off.

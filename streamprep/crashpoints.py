@@ -35,7 +35,11 @@ record, the mark's removal, one leftover deleted by finalize, index.parquet, SUC
 aside."""
 RETRY_STEPS = ("retry",)
 """retry/r1.json; then those of a job."""
-_STEPS = dict.fromkeys(PACK_STEPS + JOB_STEPS + RETRY_STEPS)
+VALIDATION_STEPS = ("validation",)
+"""One first frame, or validation.json; only with --validation-split."""
+HUB_STEPS = ("base", "commit", "unstage")
+"""The mark that something is staged, the commit of all of it, the removal of the local copy; on the hub only."""
+_STEPS = dict.fromkeys(PACK_STEPS + JOB_STEPS + RETRY_STEPS + VALIDATION_STEPS + HUB_STEPS)
 POINTS = tuple(point for step in _STEPS for point in (step, f"{step}.after"))
 
 _passes: dict[str, int] = {}

@@ -39,15 +39,19 @@ from streamprep.job import Job, JobPlan, Unit
 from streamprep.manifest import Shards, open_shards
 from streamprep.pipeline import Pipeline
 from streamprep.plan import SamplingRules
-from streamprep.prepare import fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
+from streamprep.prepare import exporter_options, fingerprint, load_exporter, open_filters, plan_job, replan, rules_of
 from streamprep.progress import Progress, count, size, too_large
 from streamprep.ranks import Rank, this_rank
+from streamprep.read import READ_AHEAD_BYTES
 from streamprep.selfcheck import check_encoder
 from streamprep.session import Session, end, open_session
 from streamprep.settle import describe_model, options_of, settle
 from streamprep.signals import sigterm_asks
-from streamprep.storage import Store, check_writable, describe_traffic, is_remote, open_store
+from streamprep.storage import Store, check_writable, describe_staging, describe_traffic, is_remote, open_store
 from streamprep.types import ShardWriter
+from streamprep.validation import write_validation
+
+_MOST_CLIPS_READ_AHEAD = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ def encode_again(
             current.store.remove_unpublished()
             committer = _committer(current, config, session, max_bad_fraction=None)
             with committer:
-                _encode_units(units, name, rules, filters, committer, session, config, shards.store, machinery)
+                _encode_units(units, name, rules, filters, committer, session, config, shards, machinery)
 
 
 def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, board: Board | None = None) -> Totals:
@@ -146,6 +150,8 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
         progress = session.progress
         progress.total = plan.num_clips
         progress.message(_describe(plan, units, config, encoder.contract, session.rank))
+        for line in describe_staging(out) if units else ():
+            progress.message(line)
         if begun:
             obey_earlier_stop(begun, config.max_bad_fraction)
             _warn_of_other_versions(plan, progress, needed=bool(units))
@@ -155,16 +161,17 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
         with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
             current = begun or job.start_or_join(out, plan)
             current.store.remove_unpublished()
+            write_held_out = functools.partial(_write_validation, current, shards, config, rules, filters, session)
+            if session.rank.number == 0:
+                write_held_out()
             with _committer(current, config, session, max_bad_fraction=config.max_bad_fraction) as committer:
                 if machinery is not None:
                     all_units = [unit for unit in plan.units if unit.num_clips]
-                    _encode_units(
-                        all_units, "encode", rules, filters, committer, session, config, shards.store, machinery
-                    )
+                    _encode_units(all_units, "encode", rules, filters, committer, session, config, shards, machinery)
                 for unit in units:
                     if not unit.num_clips and not current.is_done(unit.id):
                         committer.commit(replan(shards.store, unit, rules, filters))
-                return end(current, session, committer, anew=not units)
+                return end(current, session, committer, anew=not units, before=write_held_out)
 
 
 def _machinery(
@@ -193,7 +200,7 @@ def _encode_units(
     committer: Committer,
     session: Session,
     config: EncodeConfig,
-    shards: Store,
+    shards: Shards,
     machinery: Machinery,
 ) -> None:
     """Take units until all are settled, and encode and commit them."""
@@ -201,18 +208,18 @@ def _encode_units(
     current = committer.job
     _write_unconditional(current, config, encoder)
     left = set(current.not_done(unit.id for unit in units))
-    claims = session.claims(name, units, current, ahead=_clips_ahead(config))
+    claims = session.claims(name, units, current, ahead=_clips_ahead(config, shards))
     with session.working(claims, pipeline) as fleet, sigterm_asks(claims.stop, seconds=config.grace_seconds) as stop:
         fleet.begin(sum(unit.num_clips for unit in units if unit.id not in left))
         by_id = {unit.id: unit for unit in units}
-        plans = (replan(shards, by_id[unit], rules, filters) for unit in claims)
+        plans = (replan(shards.store, by_id[unit], rules, filters) for unit in claims)
         buffers = FrameBuffers(pin=config.device != "cpu")
         cache = open_cache(config.cache_dir, config.cache_gb)
         if encoder.contract.video is None:
             batches = batches_of_texts(plans)
         else:
             batch_size = config.preprocess_video_batch_size
-            collated = collate(shards, plans, decoder, filters, buffers, batch_size=batch_size, cache=cache)
+            collated = collate(shards.store, plans, decoder, filters, buffers, batch_size=batch_size, cache=cache)
             batches = pipeline.stage("collate", collated, max_items=1)
         encoded = encode_batches(batches, encoder, buffers, config, current.plan.columns)
         for batch in pipeline.stage("encode", encoded, max_items=2):
@@ -225,15 +232,25 @@ def _encode_units(
                 session.obey_others(current)
         stop.obey()
         of_cache = describe_cache(cache) if cache else ()
-        report = "\n".join((_stage_report(machinery, claims), *of_cache, *describe_traffic(shards, current.store)))
+        report = "\n".join(
+            (_stage_report(machinery, claims), *of_cache, *describe_traffic(shards.store, current.store))
+        )
         session.log.event("idle", report=report)
         session.progress.message(report)
     stop.obey()
 
 
-def _clips_ahead(config: EncodeConfig) -> int:
-    """What must lie ready so that neither the decoding processes nor the encoder ever wait for a unit to be claimed."""
-    return _num_decoders(config) + 2 * config.preprocess_video_batch_size
+def _clips_ahead(config: EncodeConfig, shards: Shards) -> int:
+    """What must lie ready so that neither the decoding processes nor the encoder ever wait for a unit to be claimed.
+
+    From a bucket, what is read ahead, too: else small shards would be waited for, one after the other. But what a rank
+    holds no other can take, when at the end all wait for the last.
+    """
+    in_work = _num_decoders(config) + 2 * config.preprocess_video_batch_size
+    if shards.store.local_path() is not None or config.workload_type == "text":
+        return in_work
+    read_ahead = READ_AHEAD_BYTES * shards.manifest.num_samples // max(1, shards.manifest.size_bytes)
+    return in_work + min(read_ahead, _MOST_CLIPS_READ_AHEAD)
 
 
 def _committer(current: Job, config: EncodeConfig, session: Session, *, max_bad_fraction: float | None) -> Committer:
@@ -242,14 +259,29 @@ def _committer(current: Job, config: EncodeConfig, session: Session, *, max_bad_
 
 
 def _writer_opener(current: Job, config: EncodeConfig) -> Callable[[str], ShardWriter]:
+    exporter = load_exporter(config)
     return functools.partial(
-        load_exporter(config).open_shard,
+        exporter.open_shard,
         current.store,
         workload=config.workload_type,
         samples_per_file=config.samples_per_file,
         contract=current.plan.contract,
+        options=exporter_options(exporter, config),
         columns=current.plan.columns,
     )
+
+
+def _write_validation(
+    current: Job, shards: Shards, config: EncodeConfig, rules: SamplingRules, filters: Filters, session: Session
+) -> None:
+    """What is held out for validation, if anything is: by rank 0 at first, by whoever finalizes if that one is lost."""
+    if not current.lacks_validation():
+        return
+    num_entries, num_bad = write_validation(
+        current.store, shards, config, rules, filters, open_decoder=lambda: _open_decoder(config, rules)
+    )
+    left_out = f", {num_bad} left out that cannot be decoded" if num_bad else ""
+    session.progress.message(f"{count(num_entries, 'sample')} held out for {job.VALIDATION}{left_out}")
 
 
 def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -> None:

@@ -42,7 +42,7 @@ def finalize(current: Job) -> Totals:
     """Finish a job all of whose units are committed.
 
     Raises:
-        UserError: if some are not.
+        UserError: if some are not, or its validation.json is not there.
         TooManyBadSamples: if it was stopped for that.
     """
     stopped = current.stop_reason()
@@ -52,8 +52,10 @@ def finalize(current: Job) -> Totals:
     if unfinished:
         raise UserError(
             f"{current.store.url}: {count(len(unfinished), 'unit')} of {len(current.plan.units)} not encoded yet "
-            f"(the first is {unfinished[0].id}): run the same `streamprep encode` again"
+            f"(the first is {unfinished[0].id}): run the same `{current.plan.command}` again"
         )
+    if current.lacks_validation():
+        raise UserError(f"{current.store.url} lacks {job.VALIDATION}: run the same `{current.plan.command}` again")
     records = list(current.records())
     for path in leftovers(current, records):
         current.store.delete(path, step="delete")
@@ -61,12 +63,20 @@ def finalize(current: Job) -> Totals:
     current.store.put(job.INDEX, _index(records), step="index")
     result = _total(records)
     current.store.put(job.SUCCESS, _success(records), step="success")
+    current.store.publish_all(summary=job.SUCCESS, leave_out=job.NO_RESULT)
     return result
 
 
 def is_finalized(current: Job) -> bool:
-    """Whether a job has ended, and no unit has been committed since."""
+    """Whether a job has ended, and no unit has been committed since, and all of it is published."""
+    return current.store.is_all_published() and has_true_success(current)
+
+
+def has_true_success(current: Job) -> bool:
+    """Whether ``SUCCESS.json`` is there, and says what it should."""
     if current.unfinished() or not current.store.exists(job.INDEX) or not current.store.exists(job.SUCCESS):
+        return False
+    if current.lacks_validation():
         return False
     return current.store.read(job.SUCCESS) == _success(list(current.records()))
 
@@ -126,6 +136,8 @@ def _success(records: Sequence[Record]) -> bytes:
 def _index(records: Sequence[Record]) -> bytes:
     """``index.parquet``: for every row its key, file (and size), row group and bucket, and where its tensors lie."""
     rows: list[dict[str, Any]] = []
+    written = [row for record in records for file in record.files for row in file.rows]
+    with_codec = any(tensor.codec != "raw" for row in written for tensor in row.tensors.values())
     for record in records:
         for file in record.files:
             for row in file.rows:
@@ -143,6 +155,8 @@ def _index(records: Sequence[Record]) -> bytes:
                         f"{name}_dtype": tensor.dtype,
                         f"{name}_shape": list(tensor.shape),
                     }
+                    if with_codec:
+                        entry[f"{name}_codec"] = tensor.codec
                 rows.append(entry)
     sink = io.BytesIO()
     table = pa.Table.from_pylist(rows) if rows else pa.table({"key": pa.array([], pa.string())})

@@ -15,6 +15,7 @@ from streamprep.columns import ColumnTypes
 from streamprep.config import EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
+from streamprep.exporting import DEFAULT_DTYPE, DTYPE_BYTES, open_exporter, rows_share
 from streamprep.filters import Filters
 from streamprep.manifest import Shards
 from streamprep.plan import ClipPlan, TextPlan, UnitPlan, explain, is_drop
@@ -26,7 +27,6 @@ from streamprep.storage import is_remote, open_store
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BYTES_PER_TOKEN = 4  # of English captions, roughly
 
 
@@ -221,19 +221,20 @@ def _note(result: Forecast, unit: UnitPlan, sample: TextPlan, facts: dict[str, A
 
 def _sizes(result: Forecast, contract: LatentContract) -> Iterator[str]:
     """What each exporter's output takes."""
-    floats = sum(
-        entry.num_rows * contract.row_bytes(num_frames=b.num_frames, height=b.height, width=b.width) // 4
-        for b, entry in result.buckets.items()
-    )
     tokens = result.caption_bytes // _BYTES_PER_TOKEN + 2 * result.num_rows
     most = result.num_rows * contract.text.max_length
     for name in plugins.names("streamprep.exporters"):
-        exporter = plugins.load("streamprep.exporters", name)
+        exporter = open_exporter(name)
         if contract.workload not in exporter.WORKLOADS:
             continue
-        for dtype in exporter.DTYPES:
-            width = _DTYPE_BYTES[dtype]
-            fixed, text, limit = (n * width for n in (floats, tokens * contract.text.dim, most * contract.text.dim))
+        for dtype in exporter.OPTIONS.get("latent_dtype", (DEFAULT_DTYPE,)):
+            width = DTYPE_BYTES[dtype]
+            fixed = sum(
+                (entry.num_clips if rows_share(exporter) else entry.num_rows)
+                * contract.row_bytes(num_frames=b.num_frames, height=b.height, width=b.width, value_bytes=width)
+                for b, entry in result.buckets.items()
+            )
+            text, limit = (n * width * contract.text.dim for n in (tokens, most))
             latents = f"{size(fixed)} and " if contract.video else ""
             yield (
                 f"size      {name}, {dtype}: {latents}about {size(min(text, limit))} of text embeddings (they are as "

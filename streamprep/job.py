@@ -38,6 +38,11 @@ RETRIES = f"{FOLDER}/retry"
 STOP = f"{FOLDER}/stop.json"
 INDEX = f"{FOLDER}/index.parquet"
 SUCCESS = f"{FOLDER}/SUCCESS.json"
+VALIDATION_FOLDER = "validation"
+VALIDATION = f"{VALIDATION_FOLDER}/validation.json"
+"""Of what ``--validation-split`` holds out; there, it is whole, and so are its images."""
+NO_RESULT = (f"{FOLDER}/attempts", f"{FOLDER}/failed", f"{FOLDER}/logs")
+"""Folders of who was at what, which mean nothing once all is done."""
 
 PLAN_FORMAT = "streamprep-plan/1"
 RETRY_FORMAT = "streamprep-retry/1"
@@ -109,6 +114,13 @@ class JobPlan:
     versions: Mapping[str, str]
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Of the dataset's further columns, those that are kept, and their types: see `streamprep.columns`."""
+    converted: Mapping[str, Any] | None = None
+    """If `streamprep convert` made it: from where, and what that lost."""
+
+    @property
+    def command(self) -> str:
+        """What goes on with it."""
+        return "streamprep encode" if self.converted is None else "streamprep convert"
 
     @property
     def num_clips(self) -> int:
@@ -127,7 +139,11 @@ class JobPlan:
 
     def to_json(self) -> bytes:
         """The content of ``plan.json``."""
-        return canonical.to_pretty_json({"format": PLAN_FORMAT, **dataclasses.asdict(self)})
+        value = {"format": PLAN_FORMAT, **dataclasses.asdict(self)}
+        value["columns"] = list(self.columns.items())  # their order is that of the output's columns
+        if self.converted is None:
+            del value["converted"]
+        return canonical.to_pretty_json(value)
 
     @classmethod
     def from_json(cls, data: bytes) -> JobPlan:
@@ -136,7 +152,7 @@ class JobPlan:
         if value.pop("format", None) != PLAN_FORMAT:
             raise ValueError(f"not a plan of format {PLAN_FORMAT}")
         units = tuple(Unit.from_json(unit) for unit in value.pop("units"))
-        return cls(units=units, **value)
+        return cls(units=units, columns=dict(value.pop("columns", ())), **value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +232,10 @@ class Job:
         if self.store.put_if_absent(path, wanted.to_json(), step="retry"):
             return wanted
         return Round.from_json(self.store.read(path))
+
+    def lacks_validation(self) -> bool:
+        """Whether what is held out for validation is not written yet."""
+        return self.plan.config.get("validation_split") is not None and not self.store.exists(VALIDATION)
 
     def bad_clips(self) -> dict[tuple[str, str], BadClip]:
         """What is bad now, by (unit of the plan, key): without what a retry has encoded, for the latest reason."""
@@ -330,7 +350,7 @@ def keys_digest(keys: Iterable[str]) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Of what decides the output's bytes beside the settings."""
-    packages = ("streamprep", "torch", "torchcodec", "diffusers", "transformers", "pyarrow")
+    packages = ("streamprep", "torch", "torchcodec", "diffusers", "transformers", "pyarrow", "zstandard")
     versions = {"python": platform.python_version(), "machine": platform.machine()}
     for package in packages:
         try:

@@ -45,5 +45,10 @@ def _split_extension(path: str) -> tuple[str, str]:
     return posixpath.splitext(str(PurePosixPath(path)))
 
 
+def short_key(key: str) -> str:
+    """A key of at most 57 characters that stands for one, wherever that does not fit."""
+    return f"{key[:40]}~{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
 def _shorten(name: str, limit: int) -> str:
-    return name if len(name) <= limit else f"{name[:40]}~{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return name if len(name) <= limit else short_key(name)

@@ -13,16 +13,18 @@ Whether a video decodes is not asked here: the original bytes are kept, and what
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, BinaryIO
 
 from streamprep import canonical
+from streamprep.ahead import fetch_ahead
 from streamprep.attempts import Attempt, Attempts, Ended, LastWords, Worker, describe_set_aside, what_happened
 from streamprep.board import Board, BoardGone, open_board
 from streamprep.claims import Claims, Timing, Wait, is_to_blame
@@ -37,7 +39,9 @@ from streamprep.ranks import Rank, this_rank
 from streamprep.shards import ShardIndex, ShardSample, TarWriter, index_name, indexed_size_bytes
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, OpenVideo, SourceOptions
-from streamprep.storage import Store, check_writable, open_store
+from streamprep.sources._tree import AHEAD_BYTES
+from streamprep.storage import Store, check_writable, describe_staging, describe_traffic, open_store
+from streamprep.traffic import add_traffic, with_traffic
 from streamprep.types import RawSample
 
 FORMAT = "streamprep-pack/1"
@@ -66,10 +70,15 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
         OSError: if the machine fails; calling again goes on from there.
     """
     store = open_store(config.shards, spool_dir=config.spool_dir)
-    if "://" not in config.dataset and store.same_place(open_store(config.dataset)):
+    if not config.dataset.startswith("hf://") and store.same_place(open_store(config.dataset)):
         raise UserError(f"{config.shards} is the dataset itself: pack into another folder")
-    options = SourceOptions(video_column=config.video_column, caption_column=config.caption_column, split=config.split)
-    listing = list_dataset(config.dataset, config.dataset_type, options)
+    options = SourceOptions(
+        video_column=config.video_column,
+        caption_column=config.caption_column,
+        split=config.split,
+        annotations=config.annotations,
+    )
+    listing = list_dataset(config.dataset, config.dataset_type, options, spool_dir=config.spool_dir)
     if listing.in_order and config.shuffle is not None:
         raise UserError(
             f"--shuffle: the videos of {config.dataset} can only be read in their order; leave it out, and shuffle in "
@@ -94,7 +103,9 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
     anything_left = packing.pack_all(config.num_workers)
     packing.write_manifest(check=not anything_left)
     packing.tidy()
-    return load_manifest(store)
+    manifest = load_manifest(store)
+    packing.report_traffic()
+    return manifest
 
 
 def cut_into_shards(
@@ -195,6 +206,7 @@ class _Packing:
         stale_seconds: float,
     ) -> None:
         self._store, self._listing, self._rank, self._board = store, listing, rank, board
+        self._stores = [each for each in (listing.tree.store, store) if each is not None]
         self._shards = {f"{number:06d}": samples for number, samples in enumerate(shards)}
         self._packed = _Packed(store)
         self._worker = Worker.this(rank.number)
@@ -224,8 +236,9 @@ class _Packing:
         workers = min(num_processes(num_workers, local_world_size=self._rank.local_world_size), len(left))
         with LastWords(self._worker), self._progress, claims:
             try:
-                with closing(as_taken(pack_shard, lambda: self._take(claims), self._arguments, workers)) as packed:
-                    for unit, info in packed:
+                with closing(as_taken(with_traffic, lambda: self._take(claims), self._arguments, workers)) as packed:
+                    for unit, (info, traffic) in packed:
+                        add_traffic(self._stores, traffic)
                         self._packed.add(unit, info)
                         claims.finished(unit)
                         self._show(info.num_samples)
@@ -248,21 +261,29 @@ class _Packing:
         ranks = f"; {count(self._rank.world_size, 'rank')}" if self._rank.world_size > 1 else ""
         done = len(self._shards) - len(left)
         self._progress.message(describe(self._listing, num_shards=len(self._shards), num_done=done) + ranks)
+        for line in describe_staging(self._store) if left else ():
+            self._progress.message(line)
         videos_done = len(self._listing.samples) - sum(len(self._shards[unit]) for unit in left)
         self._progress.already_done(videos_done)
         with suppress(BoardGone):
             self._board.add("checked", 1)  # the launcher starts the other ranks
             if self._board.add("pack.begun", 1) == 1:
                 self._board.add("pack.videos", videos_done)
-                _forget_the_dead(self._attempts)
+                self._attempts.forget_the_dead()
         return left
 
     def _take(self, claims: Claims) -> str | Wait | None:
         self._show(0)
         return claims.poll()
 
-    def _arguments(self, unit: str) -> tuple[OpenVideo, Store, str, Sequence[RawSample]]:
-        return self._listing.open_video, self._store, _shard_name(unit), self._shards[unit]
+    def _arguments(self, unit: str) -> tuple[Any, ...]:
+        of_pack_shard = self._listing.open_video, self._store, _shard_name(unit), self._shards[unit]
+        return pack_shard, self._stores, os.getpid(), *of_pack_shard
+
+    def report_traffic(self) -> None:
+        """Say what this rank, its packing processes included, has asked of buckets."""
+        for line in describe_traffic(*self._stores):
+            self._progress.message(line)
 
     def _show(self, num_videos: int) -> None:
         """Count so many more; show what all ranks have done, or this one if there is no board any more."""
@@ -282,6 +303,7 @@ class _Packing:
         if check and self._rank.number == 0 and self._store.exists(MANIFEST):
             if self._store.read(MANIFEST) != self._manifest():
                 self._store.put(MANIFEST, self._manifest(), step="manifest")
+            self._store.publish_all(summary=MANIFEST, leave_out=[_MARKS])
             return
         claims = Claims(
             [MANIFEST],
@@ -295,6 +317,7 @@ class _Packing:
         with claims:
             for turn in claims:
                 self._store.put(MANIFEST, self._manifest(), step="manifest")
+                self._store.publish_all(summary=MANIFEST, leave_out=[_MARKS])
                 claims.finished(turn)
 
     def _manifest(self) -> bytes:
@@ -366,21 +389,10 @@ class _Files:
         self._store = store
 
     def is_done(self, unit: str) -> bool:
-        return self._store.exists(unit)
+        return self._store.exists(unit) and self._store.is_all_published()
 
     def not_done(self, units: Iterable[str]) -> list[str]:
         return [unit for unit in units if not self.is_done(unit)]
-
-
-def _forget_the_dead(attempts: Attempts) -> None:
-    """A new run does not hold the end of an earlier one against its shards: all of them are needed."""
-    for unit, those in attempts.all().items():
-        gone = [one for one in those if one.ended is not None or one.by.is_gone(seen_by=attempts.worker)]
-        if len(gone) == len(those):
-            attempts.forget([unit])
-        for one in gone:
-            attempts.withdraw(one)
-    attempts.forget(attempts.failed())
 
 
 def _describe_set_aside(failed: Mapping[str, Sequence[Attempt]]) -> str:
@@ -400,7 +412,8 @@ def pack_shard(open_video: OpenVideo, store: Store, name: str, samples: Sequence
     with store.new_file() as file:
         with open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES) as target:
             tar = TarWriter(target)
-            packed = tuple(_add_sample(tar, *read) for read in _read_ahead(open_video, samples))
+            with closing(read_videos(open_video, samples)) as videos:
+                packed = tuple(_add_sample(tar, *read) for read in videos)
             tar.finish()
         file.publish(name, step="shard")
     index = ShardIndex(name=name, size_bytes=tar.size_bytes, samples=packed)
@@ -409,23 +422,27 @@ def pack_shard(open_video: OpenVideo, store: Store, name: str, samples: Sequence
     return shard_info(index, data)
 
 
-def _read_ahead(
-    open_video: OpenVideo, samples: Sequence[RawSample]
-) -> Iterator[tuple[RawSample, BinaryIO | None, dict[str, Any]]]:
-    """Hash and probe one video while the one before it is copied: sample, open file, content of ``KEY.json``."""
-    with ThreadPoolExecutor(1) as thread:
-        reading: Future[tuple[RawSample, BinaryIO | None, dict[str, Any]]] | None = None
-        for sample in samples:
-            following = thread.submit(open_and_probe, open_video, sample)
-            if reading is not None:
-                yield reading.result()
-            reading = following
-        if reading is not None:
-            yield reading.result()
+Video = tuple[RawSample, BinaryIO | None, dict[str, Any]]
+"""A sample, its open file if it has a video, the content of its ``KEY.json``."""
 
 
-def open_and_probe(open_video: OpenVideo, sample: RawSample) -> tuple[RawSample, BinaryIO | None, dict[str, Any]]:
-    """(the sample, its open file if it has a video, the content of its ``KEY.json``)."""
+def read_videos(open_video: OpenVideo, samples: Sequence[RawSample]) -> Generator[Video, None, None]:
+    """Open, hash and probe videos while the one before them is copied: of files one, from a bucket several at once."""
+    at_once = getattr(open_video, "at_once", 1)
+    fetched = fetch_ahead(
+        samples,
+        functools.partial(open_and_probe, open_video),
+        size_bytes=lambda sample: sample.size_bytes,
+        max_bytes=AHEAD_BYTES if at_once > 1 else sys.maxsize,
+        num_threads=at_once,
+        max_jobs=at_once + 1,
+    )
+    with closing(fetched):
+        yield from (video for _, video in fetched)
+
+
+def open_and_probe(open_video: OpenVideo, sample: RawSample) -> Video:
+    """Open a video and find out about it."""
     metadata = {
         "file_name": sample.file_name,
         "captions": list(sample.captions),
@@ -439,7 +456,11 @@ def open_and_probe(open_video: OpenVideo, sample: RawSample) -> tuple[RawSample,
         file.close()
         raise OSError(f"{sample.path} changed while it was packed; let it settle and pack into a new folder")
     file.seek(0)
-    return sample, file, metadata | {"extension": extension_of(sample.file_name)} | _video_metadata(file)
+    try:
+        return sample, file, metadata | {"extension": extension_of(sample.file_name)} | _video_metadata(file)
+    except BaseException:
+        file.close()
+        raise
 
 
 def _add_sample(tar: TarWriter, sample: RawSample, file: BinaryIO | None, metadata: dict[str, Any]) -> ShardSample:

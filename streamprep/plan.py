@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from streamprep.buckets import Bucket, choose_bucket, upscaling
 from streamprep.errors import BAD_REASONS, BadSample
 from streamprep.filters import Filters
+from streamprep.held_out import HeldOut
 from streamprep.progress import count
 from streamprep.sampling import ResampledVideo, resample, uniform, window_starts
 from streamprep.shards import Member, ShardIndex, ShardSample
@@ -40,6 +41,7 @@ DROP_REASONS = {
     "bucket is of one frame",
     "too_long": "it is longer than --video-length-tolerance-range allows",
     "filter": "--filters leaves it out",
+    "validation": "--validation-split holds it out of the output, for validation.json",
 }
 """Why a rule excludes a sample: the closed list; a filter's reason is ``filter:NAME``."""
 
@@ -79,6 +81,8 @@ class SamplingRules:
     max_upscale: float | None = None
     frame_step: int = 4
     """The model's: clips have ``frame_step * k + 1`` frames."""
+    validation_split: str | None = None
+    """As `streamprep.held_out.parse_split` takes it."""
     video_loader_type: VideoLoader = "torchcodec"
     seed: int = 42
     """With the key, it decides what is random."""
@@ -163,6 +167,8 @@ class UnitPlan:
     """By bucket, and in the order of the shard."""
     texts: tuple[TextPlan, ...] = ()
     """Where only captions are encoded, instead of clips."""
+    held_out: tuple[TextPlan, ...] = ()
+    """The first clip, or text, of each sample that is for validation; they are dropped, too."""
     dropped: tuple[Excluded, ...]
     bad: tuple[Excluded, ...]
     """Known to be bad without decoding: no readable header, or one that contradicts the dataset."""
@@ -233,7 +239,8 @@ def plan_unit(
     samples: list[TextPlan] = []
     dropped: list[Excluded] = []
     bad: list[Excluded] = []
-    filters = Filters(rules.filters) if filters is None else filters
+    held_out: list[TextPlan] = []
+    filters = Filters(rules.filters, held_out_by(rules)) if filters is None else filters
     chosen = where_of(rules).keys_of(index.samples) if rules.where else None
     for sample in index.samples:
         if limit is not None and len(samples) >= limit:
@@ -244,6 +251,9 @@ def plan_unit(
             found = [plan_text(sample, rules)] if rules.workload_type == "text" else plan_clips(sample, rules)
             if (excluded := filters.excludes(sample)) is not None:
                 raise _Drop(*excluded)
+            if filters.holds_out(sample):
+                held_out.append(found[0])
+                raise _Drop("validation", f"--validation-split {rules.validation_split}")
             samples += found
             dropped += found[0].unusable
         except _Drop as drop:
@@ -254,8 +264,19 @@ def plan_unit(
     clips = sorted((sample for sample in samples if isinstance(sample, ClipPlan)), key=lambda clip: clip.bucket)
     texts = () if rules.workload_type != "text" else tuple(samples)
     return UnitPlan(
-        id=unit_id, shard=index.name, clips=tuple(clips), texts=texts, dropped=tuple(dropped), bad=tuple(bad)
+        id=unit_id,
+        shard=index.name,
+        clips=tuple(clips),
+        texts=texts,
+        held_out=tuple(held_out),
+        dropped=tuple(dropped),
+        bad=tuple(bad),
     )
+
+
+def held_out_by(rules: SamplingRules) -> HeldOut | None:
+    """Who is held out for validation, before it has seen all samples; None if nobody is."""
+    return None if rules.validation_split is None else HeldOut(rules.validation_split, seed=rules.seed)
 
 
 def is_drop(reason: str) -> bool:

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from streamprep import canonical, job, plugins
+from streamprep import canonical, exporting, job
 from streamprep.buckets import parse_buckets
 from streamprep.columns import ColumnTypes
-from streamprep.config import EncodeConfig, EncodeSettings
+from streamprep.config import EncodeConfig, EncodeSettings, LatentSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.filters import Filters
 from streamprep.job import Fingerprint, JobPlan, Unit
 from streamprep.manifest import Manifest, ShardInfo, Shards, load_indexes, read_index
-from streamprep.plan import SamplingRules, UnitPlan, explain, plan_unit, where_of
+from streamprep.plan import SamplingRules, UnitPlan, explain, held_out_by, plan_unit, where_of
 from streamprep.progress import count, size
 from streamprep.shards import ShardIndex, ShardSample
 from streamprep.storage import Store
@@ -33,16 +33,18 @@ def plan_job(config: EncodeConfig, shards: Shards, out: Store, contract: LatentC
         UserError: if nothing would be encoded, the exporter cannot hold it, or the disk is too small.
     """
     exporter, manifest, rules = load_exporter(config), shards.manifest, rules_of(config, contract)
+    options = exporter_options(exporter, config)
+    exporting.check_contract(exporter, config.exporter, contract.to_json())
     units, reasons, columns = [], Counter[str](), ColumnTypes(config.keep_columns)
     for shard in plan_shards(shards, rules, filters, config.max_samples):
-        units.append(_unit(shard, contract))
+        units.append(_unit(shard, contract, exporter, options))
         columns.see(shard.index.samples)
         reasons.update(item.reason for item in shard.plan.dropped + shard.plan.bad)
     plan = JobPlan(
         shards=shards.url,
         fingerprint=fingerprint(config, contract, manifest),
-        config={field.name: getattr(config, field.name) for field in fields(EncodeSettings)},
-        contract=contract.to_json(),
+        config={field.name: getattr(config, field.name) for field in fields(EncodeSettings)} | options,
+        contract=exporting.rounded(contract.to_json(), exporting.dtype_of(options)),
         data_folder=exporter.FOLDER,
         units=tuple(sorted(units, key=lambda unit: (-unit.num_clips, unit.id))),
         versions=job.installed_versions(),
@@ -106,7 +108,7 @@ def open_filters(shards: Shards, rules: SamplingRules) -> Filters:
             planned = {sample.key.partition("#")[0] for sample in plan_unit("", index, rules, filters).samples}
             yield from (sample for sample in index.samples if sample.key in planned)
 
-    filters = Filters(rules.filters)
+    filters = Filters(rules.filters, held_out_by(rules))
     filters.survey(samples_left_by)
     return filters
 
@@ -117,19 +119,20 @@ def load_exporter(config: EncodeSettings) -> Any:
     Raises:
         UserError: if there is none of that name, or it cannot hold what is asked for.
     """
-    exporter = plugins.load("streamprep.exporters", config.exporter)
-    for name in ("FOLDER", "WORKLOADS", "POSTERIORS", "DTYPES", "read_file", "column_problem"):
-        if not hasattr(exporter, name):
-            raise UserError(
-                f"the exporter {config.exporter} lacks {name}: see CONTRIBUTING.md, Adding an output format"
-            )
-    for flag, asked, able in (
-        ("--workload-type", config.workload_type, exporter.WORKLOADS),
-        ("--posterior", config.posterior, exporter.POSTERIORS),
-    ):
-        if asked not in able:
-            raise UserError(f"{flag} {asked}: the exporter {config.exporter} holds only {', '.join(able)}")
+    exporter = exporting.open_exporter(config.exporter)
+    exporting.check_able(exporter, config.exporter, workload=config.workload_type, posterior=config.posterior)
+    exporter_options(exporter, config)
     return exporter
+
+
+def exporter_options(exporter: Any, config: EncodeSettings) -> dict[str, str]:
+    """How the exporter is to store tensors.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    asked = {field.name: getattr(config, field.name) for field in fields(LatentSettings)}
+    return exporting.settle_options(exporter, config.exporter, asked)
 
 
 def column_problem(config: EncodeSettings) -> Callable[[str], str | None]:
@@ -147,14 +150,14 @@ def replan(shards: Store, unit: Unit, rules: SamplingRules, filters: Filters) ->
     return plan
 
 
-def _unit(shard: PlannedShard, contract: LatentContract) -> Unit:
+def _unit(shard: PlannedShard, contract: LatentContract, exporter: Any, options: Mapping[str, str]) -> Unit:
     plan = shard.plan
     keys = [row.key for row in plan.rows]
-    num_bytes = 0
+    width, num_bytes = exporting.DTYPE_BYTES[exporting.dtype_of(options)], 0
     for clip in plan.clips:
-        bucket = clip.bucket
-        one = contract.row_bytes(num_frames=bucket.num_frames, height=bucket.height, width=bucket.width)
-        num_bytes += one * len(clip.rows)
+        b = clip.bucket
+        one = contract.row_bytes(num_frames=b.num_frames, height=b.height, width=b.width, value_bytes=width)
+        num_bytes += one * (1 if exporting.rows_share(exporter) else len(clip.rows))
     return Unit(
         id=plan.id,
         shard=shard.info.name,
@@ -215,7 +218,7 @@ def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manife
     captions = {name: rules.pop(name) for name in ("caption", "training_cfg_rate")}
     video = c["video"]
     if video is None:
-        sampling = {name: rules[name] for name in ("workload_type", "where", "filters", "seed")}
+        sampling = {name: rules[name] for name in ("workload_type", "where", "filters", "validation_split", "seed")}
     else:
         video |= {"preprocess_video_batch_size": config.preprocess_video_batch_size}
         sampling = rules | {"video_loader_type": config.video_loader_type}
@@ -230,15 +233,21 @@ def fingerprint(config: EncodeConfig, contract: LatentContract, manifest: Manife
         },
         "image": c["image"] or {},
         "sampling": sampling | {"max_samples": config.max_samples},
-        "export": {
-            "exporter": config.exporter,
-            "samples_per_file": config.samples_per_file,
-            "keep_columns": config.keep_columns,
-        },
+        "export": _export_part(config),
         "inputs": {
             "num_shards": len(manifest.shards),
             "shards_sha256": canonical.digest([[shard.name, shard.index_sha256] for shard in manifest.shards]),
         },
+    }
+
+
+def _export_part(config: EncodeConfig) -> dict[str, Any]:
+    exporter = load_exporter(config)
+    return {
+        "exporter": config.exporter,
+        "samples_per_file": config.samples_per_file,
+        "keep_columns": config.keep_columns,
+        **exporting.choices_made(exporter, exporter_options(exporter, config)),
     }
 
 

@@ -132,8 +132,14 @@ def named_files(record: Record) -> set[str]:
 
 
 def _row_to_json(row: WrittenRow) -> list[Any]:
-    tensors = {name: [t.offset, t.size, t.dtype, list(t.shape)] for name, t in row.tensors.items()}
+    tensors = {name: _location_to_json(location) for name, location in row.tensors.items()}
     return [row.key, row.bucket, row.row_group, tensors]
+
+
+def _location_to_json(location: TensorLocation) -> list[Any]:
+    """``[offset, size, dtype, shape]``, and the codec where it is not raw."""
+    codec = [location.codec] if location.codec != "raw" else []
+    return [location.offset, location.size, location.dtype, list(location.shape), *codec]
 
 
 def _row_from_json(value: Sequence[Any]) -> WrittenRow:
@@ -142,8 +148,9 @@ def _row_from_json(value: Sequence[Any]) -> WrittenRow:
         key=key,
         bucket=bucket,
         row_group=row_group,
-        tensors={
-            name: TensorLocation(offset=offset, size=size, dtype=dtype, shape=tuple(shape))
-            for name, (offset, size, dtype, shape) in tensors.items()
-        },
+        tensors={name: _location_from_json(*location) for name, location in tensors.items()},
     )
+
+
+def _location_from_json(offset: int, size: int, dtype: str, shape: Sequence[int], codec: str = "raw") -> TensorLocation:
+    return TensorLocation(offset=offset, size=size, dtype=dtype, shape=tuple(shape), codec=codec)

@@ -68,6 +68,11 @@ def retry(config: RetryConfig) -> Retried:
         if reason not in BAD_REASONS:
             raise UserError(f"--reason {reason}: there is no such reason; one of {', '.join(BAD_REASONS)}")
     current = open_job(open_store(config.out, spool_dir=config.spool_dir))
+    if current.plan.converted is not None:
+        raise UserError(
+            f"{config.out} was made by `streamprep convert`: retry {current.plan.converted['from']}, and convert that "
+            "into a new folder"
+        )
     attempts = Attempts(current.store, job.FOLDER, Worker.this())
     board = open_board(this_rank())
     if config.failed:
@@ -82,7 +87,7 @@ def retry(config: RetryConfig) -> Retried:
         _tell_round(chosen, board)
         _encode(config, current, chosen, board)
     if failed := failed_units(current, attempts):
-        raise UnitsSetAside(describe_failed(failed))
+        raise UnitsSetAside(describe_failed(failed, current))
     stopped = _settle_stop(current, config.max_bad_fraction)
     unfinished = len(current.unfinished())
     if not (stopped or unfinished or is_finalized(current)):

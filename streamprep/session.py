@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import Stopped, TooManyBadSamples, UnitsSetAside
-from streamprep.finalize import Totals, finalize, is_finalized, leftovers, read_totals
+from streamprep.finalize import Totals, finalize, has_true_success, leftovers, read_totals, totals
 from streamprep.fleet import Fleet
 from streamprep.job import Job, Unit
 from streamprep.pipeline import Pipeline
@@ -65,7 +65,7 @@ class Session:
         )
 
     @contextmanager
-    def working(self, claims: Claims, pipeline: Pipeline) -> Iterator[Fleet]:
+    def working(self, claims: Claims, pipeline: Pipeline | None = None) -> Iterator[Fleet]:
         """While units are encoded: tells the others; lets go of what is open at the end."""
         fleet = Fleet(
             board=self.board,
@@ -75,7 +75,8 @@ class Session:
             progress=self.progress,
             open_units=lambda: claims.open_units,
         )
-        fleet.work.waits = lambda: _waits(pipeline)
+        if pipeline is not None:
+            fleet.work.waits = lambda: _waits(pipeline)
         self.log.begin()
         with LastWords(self.worker), fleet, claims:
             yield fleet
@@ -106,10 +107,47 @@ def open_session(
     heeds_stop: bool = True,
 ) -> Iterator[Session]:
     """This process as a rank, as its launcher says."""
+    with begin_session(
+        out,
+        board,
+        verb="encoding",
+        unit="clips" if contract.video else "samples",
+        log_dir=config.log_dir,
+        stale_seconds=config.stale_seconds,
+        heeds_stop=heeds_stop,
+        device=config.device,
+    ) as session:
+        yield session
+
+
+@contextmanager
+def begin_session(
+    out: Store,
+    board: Board | None,
+    *,
+    verb: str,
+    unit: str,
+    log_dir: str | None,
+    stale_seconds: float,
+    heeds_stop: bool = True,
+    **about: object,
+) -> Iterator[Session]:
+    """The same for any kind of work on units of an output.
+
+    Args:
+        out: The output.
+        board: Of all ranks; by default as the environment says.
+        verb: What is done: ``encoding``.
+        unit: What its progress counts, in the plural.
+        log_dir: For the log; by default in the output if that is a folder.
+        stale_seconds: How long a unit is left to a process that may live, on another machine.
+        heeds_stop: Whether ``stop.json`` ends it.
+        **about: Said at the beginning of the log.
+    """
     rank = this_rank()
     worker = Worker.this(rank.number)
-    with RankLog(_log_folder(config, out), worker) as log:
-        log.event("start", host=worker.host, process=worker.pid, world_size=rank.world_size, device=config.device)
+    with RankLog(_log_folder(log_dir, out), worker) as log:
+        log.event("start", host=worker.host, process=worker.pid, world_size=rank.world_size, **about)
         try:
             yield Session(
                 rank=rank,
@@ -117,13 +155,8 @@ def open_session(
                 board=board or open_board(rank),
                 attempts=Attempts(out, job.FOLDER, worker),
                 log=log,
-                progress=Progress(
-                    total=0,
-                    unit="clips" if contract.video else "samples",
-                    verb="encoding",
-                    quiet=rank.number != 0,
-                ),
-                timing=Timing.of(config.stale_seconds, world_size=rank.world_size),
+                progress=Progress(total=0, unit=unit, verb=verb, quiet=rank.number != 0),
+                timing=Timing.of(stale_seconds, world_size=rank.world_size),
                 heeds_stop=heeds_stop,
             )
         except BaseException as error:
@@ -132,15 +165,17 @@ def open_session(
         log.event("end")
 
 
-def _log_folder(config: EncodeConfig, out: Store) -> Path | None:
+def _log_folder(log_dir: str | None, out: Store) -> Path | None:
     """Where logs go: a line at a time cannot be added to an object of a bucket."""
-    if config.log_dir:
-        return Path(config.log_dir)
+    if log_dir:
+        return Path(log_dir)
     root = out.local_path()
     return None if root is None else root / LOGS
 
 
-def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> Totals:
+def end(
+    current: Job, session: Session, committer: Committer, *, anew: bool, before: Callable[[], None] = lambda: None
+) -> Totals:
     """Finalize a job whose units are all settled; of several ranks one does, the others wait for it.
 
     Args:
@@ -148,6 +183,7 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
         session: This rank.
         committer: Knows the limit of bad samples.
         anew: Whether nothing was to be done: then it was finalized before, and is looked at once more.
+        before: Called by the one that finalizes, before it does.
 
     Raises:
         UnitsSetAside: if some are not done and never will be.
@@ -157,10 +193,11 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
     failed = failed_units(current, session.attempts)
     if failed:
         tidy(current, session.attempts)
-        raise UnitsSetAside(describe_failed(failed))
+        raise UnitsSetAside(describe_failed(failed, current))
     if current.unfinished():
         raise Stopped("another command has set units free that were set aside, and encodes them")
-    if anew and session.rank.number == 0 and not (is_finalized(current) and not leftovers(current)):
+    looks_again = anew and session.rank.number == 0 and current.store.exists(job.SUCCESS)
+    if looks_again and not (has_true_success(current) and not leftovers(current)):
         current.store.delete(job.SUCCESS, step="delete")
     claims = Claims(
         [_FINALIZE],
@@ -177,12 +214,16 @@ def end(current: Job, session: Session, committer: Committer, *, anew: bool) -> 
         for turn in claims:
             tidies = True
             committer.check_all()
+            before()
             result = finalize(current)
             session.log.event("finalized", num_rows=result.num_rows)
             claims.finished(turn)
     if tidies:
         tidy(current, session.attempts)
-    return read_totals(current.store)
+    try:
+        return read_totals(current.store)
+    except FileNotFoundError:  # another rank has come since, which finalizes anew
+        return totals(current)
 
 
 def tidy(current: Job, attempts: Attempts) -> None:
@@ -201,13 +242,13 @@ def check_worth_a_restart(config: EncodeConfig) -> None:
         TooManyBadSamples: if the job has stopped for that.
         UnitsSetAside: if nothing else is left to do.
     """
-    out = open_store(config.out)
+    out = open_store(config.out, spool_dir=config.spool_dir)
     if not this_rank().restarts or not out.exists(job.PLAN):
         return
     current = job.open_job(out)
     obey_earlier_stop(current, config.max_bad_fraction)
     if only_failed_left(current):
-        raise UnitsSetAside(describe_failed(failed_units(current, Attempts(out, job.FOLDER, Worker.this()))))
+        raise UnitsSetAside(describe_failed(failed_units(current, Attempts(out, job.FOLDER, Worker.this())), current))
 
 
 def only_failed_left(current: Job) -> bool:
@@ -224,9 +265,10 @@ def failed_units(current: Job, attempts: Attempts) -> dict[str, list[Attempt]]:
     return {unit: tries for unit, tries in failed.items() if unit in left}
 
 
-def describe_failed(failed: Mapping[str, Sequence[Attempt]]) -> str:
+def describe_failed(failed: Mapping[str, Sequence[Attempt]], current: Job) -> str:
     """Which units are set aside, and why."""
-    then = "The rest is done; `streamprep retry OUT --failed` tries again"
+    command = "`streamprep retry OUT --failed`" if current.plan.converted is None else "the same command"
+    then = f"The rest is done; {command} tries again"
     return describe_set_aside(failed, noun="unit", then=then)
 
 
@@ -240,7 +282,7 @@ class _Finalized:
         self._store = store
 
     def is_done(self, unit: str) -> bool:
-        return self._store.exists(job.SUCCESS)
+        return self._store.exists(job.SUCCESS) and self._store.is_all_published()
 
     def not_done(self, units: Iterable[str]) -> list[str]:
         return [unit for unit in units if not self.is_done(unit)]

@@ -126,6 +126,14 @@ class TarWriter:
             size: Bytes of all chunks together.
             sha256: Of the content, in hex.
         """
+        return Member(offset=self.append(name, chunks, size=size), size=size, sha256=sha256)
+
+    def append(self, name: str, chunks: Iterable[bytes | memoryview], *, size: int) -> int:
+        """The same for content whose digest nobody asks for.
+
+        Returns:
+            Where its first byte is.
+        """
         self._write(ustar_header(name, size))
         offset, written = self.size_bytes, 0
         for chunk in chunks:
@@ -134,7 +142,7 @@ class TarWriter:
         if written != size:
             raise OSError(f"{name} had {written} bytes when it was packed, {size} when it was listed")
         self._write(bytes(-size % _BLOCK))
-        return Member(offset=offset, size=size, sha256=sha256)
+        return offset
 
     def finish(self) -> None:
         """Write the end marker."""
@@ -168,6 +176,15 @@ def ustar_header(name: str, size: int) -> bytes:
         )
     )
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+def fits_ustar(name: str) -> bool:
+    """Whether a member can be called so."""
+    try:
+        _split_name(name.encode("ascii"))
+    except ValueError:
+        return False
+    return True
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +16,8 @@ from types import FrameType
 from streamprep.errors import Stopped
 
 _SAME_SECONDS = 1.0
+_TIDYING_SECONDS = 10.0
+"""To let go of what is open, after the grace; torchrun's agent kills its ranks after 30 seconds in all."""
 
 _asked: StopRequest | None = None
 
@@ -30,6 +35,49 @@ class StopRequest:
         """Raise `Stopped` if it came."""
         if self.message is not None:
             raise Stopped(self.message)
+
+
+@contextmanager
+def ends_in_time(*, code: int, then: str) -> Iterator[None]:
+    """End the process where a signal asked it to, and it has not come to that.
+
+    Handlers run between two steps of Python's, and a request that gets no answer is one step of two minutes. A thread
+    learns of the signal at once. What is cut off is as after a SIGKILL.
+
+    Args:
+        code: To leave with.
+        then: What can be done afterwards, for the message.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(reading, over, code, then), name="streamprep-signals", daemon=True)
+    watch.start()
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        writing.close()
+        watch.join()
+        reading.close()
+
+
+def _watch(signals: socket.socket, over: threading.Event, code: int, then: str) -> None:
+    while numbers := signals.recv(1):
+        number = numbers[0]
+        if number in (signal.SIGTERM, signal.SIGINT):
+            grace = _asked.seconds if _asked is not None and number == signal.SIGTERM else 0.0
+            if not over.wait(grace + _TIDYING_SECONDS):
+                name = signal.Signals(number).name
+                sys.stderr.write(f"streamprep: stopped by {name}, waiting no longer for what is at hand; {then}\n")
+                sys.stderr.flush()
+                os._exit(code)
+            return
 
 
 @contextmanager

@@ -21,6 +21,8 @@ def describe(current: Job) -> Iterator[str]:
     c = plan.contract
     yield f"{current.store.url}: {c['workload']} data of {c['family']} {c['variant']} model {c['model']}"
     yield f"input    {plan.shards}"
+    if plan.converted is not None:
+        yield f"from     {plan.converted['from']} by `streamprep convert`: {plan.converted['loses']}"
     yield f"units    {len(plan.units) - len(units)} of {len(plan.units)} done"
     clips = plan.num_clips - sum(unit.num_clips for unit in units)
     yield f"samples  {clips} of {plan.num_clips} done"
@@ -30,7 +32,7 @@ def describe(current: Job) -> Iterator[str]:
     yield from (f"at work  {describe_attempt(one, attempts.worker)}" for one in open_ones)
     failed = failed_units(current, attempts)
     if failed:
-        yield f"failed   {describe_failed(failed)}"
+        yield f"failed   {describe_failed(failed, current)}"
     yield from (f"retry    {describe_round(current, one)}" for one in current.rounds())
     decoders = job.total(record.decoders for record in current.records())
     if decoders:
@@ -41,6 +43,8 @@ def describe(current: Job) -> Iterator[str]:
     stopped = current.stop_reason()
     if stopped is not None:
         yield f"stopped  {stopped['message']}"
+    if not current.store.is_all_published():
+        yield f"staged   in {current.store.staged_in()}: what is new is not published yet"
     yield f"state    {state(current)}"
 
 

@@ -188,12 +188,14 @@ class EncodedSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorLocation:
-    """Where a tensor's bytes lie in a file: little-endian, C order, uncompressed."""
+    """Where a tensor's bytes lie in a file: little-endian, C order."""
 
     offset: int
     size: int
     dtype: str
     shape: tuple[int, ...]
+    codec: str = "raw"
+    """What `streamprep.tensor_members.decode_bytes` makes a tensor of them by; ``raw`` are the values themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +206,7 @@ class WrittenRow:
     bucket: str
     """Rows of one bucket have latents of one shape: ``TxHxW`` of the encoded frames, or ``text``."""
     row_group: int
-    """Number of the Parquet row group, or of the sample in other formats."""
+    """Number of the Parquet row group, or of the sample in other formats, where rows of one clip may share one."""
     tensors: Mapping[str, TensorLocation]
 
 

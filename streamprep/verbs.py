@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamprep.board import Board, open_board
 from streamprep.config import (
+    ConvertConfig,
     EncodeConfig,
     EncodeSettings,
     FinalizeConfig,
@@ -85,6 +86,7 @@ def encode(config: EncodeConfig, board: Board | None = None) -> int:
 
 def run(config: RunConfig, board: Board | None = None) -> int:
     """Pack, encode, print the totals."""
+    _check_before_packing(config)
     shards = config.shards or f"{config.out.rstrip('/')}/_streamprep/shards"
     board = board or open_board(this_rank())  # one for both: rank 0 may be the one that holds it
     pack_dataset(
@@ -99,6 +101,15 @@ def run(config: RunConfig, board: Board | None = None) -> int:
     )
     settings = _settings(config, EncodeSettings) | _settings(config, LaunchSettings)
     return encode(EncodeConfig(shards=shards, out=config.out, **settings), board)
+
+
+def _check_before_packing(config: RunConfig) -> None:
+    """Refuse at once what `encode` would refuse when all is packed."""
+    from streamprep.prepare import load_exporter, rules_of
+    from streamprep.settle import describe_model
+
+    load_exporter(config)
+    rules_of(config, describe_model(config))
 
 
 def _settings(
@@ -129,11 +140,21 @@ def retry(config: RetryConfig) -> int:
     return 4 if result.unfinished else 0
 
 
+def convert(config: ConvertConfig) -> int:
+    """Write a finished output again in another format, and print the totals."""
+    from streamprep.convert import convert as convert_output
+
+    totals = convert_output(config)
+    if this_rank().number == 0:
+        _print_totals(totals, config.out)
+    return 0
+
+
 def status(config: StatusConfig) -> int:
     """Print how far the job is; the exit code is the job's."""
     from streamprep import status as job_status
 
-    current = open_job(open_store(config.out))
+    current = open_job(open_store(config.out, spool_dir=config.spool_dir))
     print("\n".join(describe(current.plan.contract) if config.contract else job_status.describe(current)))
     return job_status.exit_code(current)
 
@@ -142,7 +163,7 @@ def verify(config: VerifyConfig) -> int:
     """Check an output, or packed shards, and print what is wrong."""
     from streamprep.verify import verify_job, verify_shards
 
-    store = open_store(config.out)
+    store = open_store(config.out, spool_dir=config.spool_dir)
     is_shards = store.exists(MANIFEST) and not store.exists(PLAN)
     if is_shards:
         verdict = verify_shards(store)
@@ -152,19 +173,25 @@ def verify(config: VerifyConfig) -> int:
         what = f"{count(verdict.num_rows, 'row')} in {count(verdict.num_files, 'file')}"
     for problem in verdict.problems:
         print(f"WRONG {problem}")
-    print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}")
+    for unread in verdict.unread:
+        print(f"UNREAD {unread}")
+    not_read = f", {count(len(verdict.unread), 'file')} could not be read" if verdict.unread else ""
+    print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}{not_read}")
+    if verdict.gave_up:
+        print("the rest was not looked at: this store does not give what is asked of it")
     if verdict.problems and not is_shards:
         print(
-            "to make a unit again, delete its record in _streamprep/records and run the same `encode` or `retry` again"
+            "to make a unit again, delete its record in _streamprep/records and run the same `encode`, `retry` or "
+            "`convert` again"
         )
-    return 1 if verdict.problems else 0
+    return 1 if verdict.problems or verdict.unread else 0
 
 
 def finalize(config: FinalizeConfig) -> int:
     """Finalize a job whose units are all done, and print the totals."""
     from streamprep.finalize import finalize as finalize_job
 
-    _print_totals(finalize_job(open_job(open_store(config.out))), config.out)
+    _print_totals(finalize_job(open_job(open_store(config.out, spool_dir=config.spool_dir))), config.out)
     return 0
 
 

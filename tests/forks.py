@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import runpy
@@ -214,6 +215,8 @@ def _import_what_commands_need() -> None:
 def _command(arguments: list[str], environment: dict[str, str], log: str, source: str | None) -> int:
     os.setsid()
     os.environ.update(environment)
+    if any(name.startswith("HF_") for name in environment):
+        importlib.reload(importlib.import_module("huggingface_hub.constants"))  # read once, when the server began
     with open(os.devnull) as nothing, open(log, "w") as file:
         for stream, target in ((nothing, 0), (file, 1), (file, 2)):
             os.dup2(stream.fileno(), target)

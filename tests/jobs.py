@@ -100,13 +100,7 @@ class EncodeJob:
 
     def result(self) -> dict[str, str]:
         """Every file with its content's digest, leaving out what may differ between two runs: paths, seconds, logs."""
-        result = {name: digest for name, (_, digest) in self.files().items() if not name.startswith(LOGS)}
-        del result["_streamprep/plan.json"]
-        for record in self.job.records():
-            value = json.loads(record.to_json())
-            del value["seconds"]
-            result[f"_streamprep/records/{record.unit}.json"] = json.dumps(value)
-        return result
+        return without_what_differs({name: digest for name, (_, digest) in self.files().items()}, self.job)
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Every file's modification time and digest."""
@@ -119,6 +113,17 @@ class EncodeJob:
     def problems(self) -> list[str]:
         """What ``streamprep verify`` finds."""
         return verify_job(self.job).problems
+
+
+def without_what_differs(digests: Mapping[str, str], of: Job) -> dict[str, str]:
+    """The files of an output, but for what may be another in every run: paths, seconds, logs."""
+    result = {name: digest for name, digest in digests.items() if not name.startswith(LOGS)}
+    del result["_streamprep/plan.json"]
+    for record in of.records():
+        value = json.loads(record.to_json())
+        del value["seconds"]
+        result[f"_streamprep/records/{record.unit}.json"] = json.dumps(value)
+    return result
 
 
 @pytest.fixture(scope="session")

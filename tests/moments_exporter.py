@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from streamprep.storage import Store
 from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
@@ -16,7 +18,7 @@ from streamprep.types import EncodedSample, TensorLocation, WrittenFile, Written
 FOLDER = "moments"
 WORKLOADS = ("t2v", "i2v")
 POSTERIORS = ("mean", "moments")
-DTYPES = ("float32",)
+OPTIONS = {"latent_dtype": ("float32",)}
 
 
 def column_problem(name: str, *, workload: str) -> str | None:
@@ -31,6 +33,7 @@ def open_shard(
     workload: str,
     samples_per_file: int,
     contract: Mapping[str, Any],
+    options: Mapping[str, str],
     columns: Mapping[str, str],
 ) -> MomentsWriter:
     """A writer of one unit."""
@@ -74,7 +77,7 @@ class MomentsWriter:
         """Nothing was opened."""
 
 
-def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, np.ndarray[Any, Any]]]]:
+def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The samples of a file: (id, tensors by name)."""
     head, _, data = store.read(name).partition(b"\n")
     offset = 0
@@ -82,6 +85,7 @@ def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, np.ndarr
         tensors = {}
         for tensor, shape in shapes.items():
             count = int(np.prod(shape))
-            tensors[tensor] = np.frombuffer(data, np.float32, count, offset).reshape(shape)
+            values = np.frombuffer(data, np.float32, count, offset).reshape(shape)
+            tensors[tensor] = torch.from_numpy(values.copy())
             offset += 4 * count
         yield id, tensors

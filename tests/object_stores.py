@@ -6,7 +6,9 @@ asks for SeaweedFS is marked ``s3``, for Azurite ``azurite``; the parameters bel
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,10 +28,18 @@ PROVIDERS = ("AWS_", "GOOGLE_", "AZURE_", "AZURITE_", "HF_")
 NewBucket = Callable[[Server], str]
 Faulty = Callable[[Server], tuple[Mapping[str, str], FaultProxy]]
 
+
+def read_hub_settings_anew() -> None:
+    """huggingface_hub reads its environment once, when it is imported."""
+    if "huggingface_hub" in sys.modules:
+        importlib.reload(importlib.import_module("huggingface_hub.constants"))
+
+
 on_seaweedfs = pytest.param("seaweedfs_server", id="seaweedfs", marks=[pytest.mark.s3, pytest.mark.slow])
 on_azurite = pytest.param("azurite_server", id="azurite", marks=[pytest.mark.azurite, pytest.mark.slow])
 on_moto = pytest.param("moto_server", id="moto")
 on_fake_gs = pytest.param("fake_gs_server", id="fake_gs")
+on_fake_hf = pytest.param("fake_hf_server", id="fake_hf", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -72,9 +82,7 @@ def fake_gs_server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def fake_hf_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A fake of the Hugging Face hub; a bucket of it is a dataset's repository. In child processes only, which import
-    huggingface_hub after the environment is set.
-    """
+    """A fake of the Hugging Face hub; a bucket of it is a dataset's repository."""
     with fake_hf(tmp_path_factory.mktemp("fake-hf")) as server:
         yield server
 
@@ -94,19 +102,23 @@ def any_server(request: pytest.FixtureRequest) -> Server:
 
 
 @pytest.fixture
-def point_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Mapping[str, str]], None]:
+def point_at(tmp_path: Path) -> Iterator[Callable[[Mapping[str, str]], None]]:
     """``point_at(env)``: until the test's end, this environment and no other of a cloud's, in child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
 
-    def point(env: Mapping[str, str]) -> None:
-        for name in [name for name in os.environ if name.startswith(PROVIDERS)]:
-            monkeypatch.delenv(name)
-        # The developer's own profiles would be looked at, too.
-        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-            monkeypatch.setenv(name, str(tmp_path / "no-such-file"))
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
+        def point(env: Mapping[str, str]) -> None:
+            for name in [name for name in os.environ if name.startswith(PROVIDERS)]:
+                patch.delenv(name)
+            # The developer's own profiles would be looked at, too.
+            for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+                patch.setenv(name, str(tmp_path / "no-such-file"))
+            patch.setenv("HF_HOME", str(tmp_path / "hf"))
+            for name, value in env.items():
+                patch.setenv(name, value)
+            read_hub_settings_anew()
 
-    return point
+        yield point
+    read_hub_settings_anew()
 
 
 @pytest.fixture

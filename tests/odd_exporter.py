@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from exporters.fastvideo import (  # noqa: F401
-    DTYPES,
     FOLDER,
+    OPTIONS,
     POSTERIORS,
     WORKLOADS,
     FastVideoWriter,

@@ -179,3 +179,46 @@ def test_the_simulated_ranks_commit_every_unit_whatever_fails(run_python: Run, t
     assert all(result["missing"] == 0 for result in results.values())
     assert results["none"]["over_ideal"] <= 1.02
     assert results["none"]["twice"] == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "goals"),
+    [
+        (["pack", "latency", "first-clip"], ["pack: MB/s / raw", "latency: streamprep, reading, MB/s / raw"]),
+        pytest.param(
+            ["read", "memory"],
+            [
+                "read: streamprep, reading, MB/s / raw",
+                "slow store above two videos, MB",
+                "fast store above two videos, MB",
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_buckets_are_measured_against_the_raw_client(
+    parts: list[str], goals: list[str], repo_root: Path, tmp_path: Path
+) -> None:
+    flags = ["--smoke", "--parts", *parts, "--work", str(tmp_path), "--json", str(tmp_path / "numbers")]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/stores.py", *flags], cwd=repo_root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if ", goal " in line]
+    assert len(told) == len(goals) and all(
+        line.startswith(f"- {goal} ") for line, goal in zip(told, goals, strict=True)
+    )
+    results = json.loads((tmp_path / "numbers").read_text())["results"]
+    assert list(results) == parts
+    for part, methods in results.items():
+        for name, (numbers,) in methods.items():
+            if "encode" in name or part == "memory":
+                assert numbers["num_clips"] == (2 if name == "two videos" else 8), name
+            elif part == "first-clip":
+                assert 0 < numbers["opening_seconds"] < numbers["seconds"], name
+                assert bool(numbers["requests"]) == (name != "folder"), name
+            else:
+                assert numbers["mb_per_second"] > 0 and numbers["cpu_seconds"] > 0, name
+    if "latency" in parts:  # of 8 requests one after the other; the raw client's are side by side
+        one, many = (results["latency"][f"raw client, {n}"][0]["seconds"] for n in ("1 connection", "12 connections"))
+        assert one > 8 * 0.05 and many < one

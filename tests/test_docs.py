@@ -31,9 +31,11 @@ def test_every_verb_is_in_the_readme(readme):
         assert re.search(rf"`?streamprep {verb}\b", readme) or f"`{verb}`" in readme, verb
 
 
-@pytest.mark.parametrize("settings", [config.PackConfig, config.PlanConfig, config.RunConfig, config.EncodeConfig])
+@pytest.mark.parametrize(
+    "settings", [config.PackConfig, config.PlanConfig, config.RunConfig, config.EncodeConfig, config.ConvertConfig]
+)
 def test_every_flag_is_in_the_readme(readme, settings):
-    positional = {"dataset", "shards", "out"}
+    positional = {"dataset", "shards", "out", "source"}
     for field in dataclasses.fields(settings):
         if field.name not in positional:
             assert f"`--{field.name.replace('_', '-')}`" in readme, field.name
@@ -69,6 +71,11 @@ def test_every_skip_reason_is_in_the_readme_as_the_program_explains_it(readme):
 def test_every_layout_is_in_the_readme(readme):
     for layout in plugins.names("streamprep.sources"):
         assert f"| `{layout}` |" in readme, layout
+
+
+def test_every_exporter_is_in_the_readme(readme):
+    for exporter in plugins.names("streamprep.exporters"):
+        assert f"| `{exporter}` | `{plugins.load('streamprep.exporters', exporter).FOLDER}/" in readme, exporter
 
 
 def test_every_filter_is_in_the_readme_with_its_defaults(readme):

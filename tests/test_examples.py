@@ -13,15 +13,22 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from object_stores import NewBucket
+from servers import Server
+from servers.processes import answers
 
 from streamprep import cli
 from streamprep.config import EncodeConfig
 from tools.make_clips import make_clips
 
+pytest_plugins = ["object_stores"]
+
 EXAMPLES = {"wan_t2v.sh": "2.1-t2v", "wan_i2v.sh": "2.1-i2v", "ray.sh": "2.1-t2v"}
 """Of each example, the tiny model that stands for its own."""
 NO_GPU = {"ray.sh": ("--nproc", "2", "--device", "cpu")}
 """Flags of those that count GPUs, for machines without."""
+BUCKETS = "bucket_to_bucket.sh"
+"""The example that needs no dataset, but a store."""
 SMALL = ("--max-height", "64", "--max-width", "96", "--num-frames", "17", "--encode-threads", "1")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -42,7 +49,9 @@ def run_example(repo_root: Path, tmp_path: Path) -> Run:
     def run(name: str, *flags: str, **variables: object) -> subprocess.CompletedProcess[str]:
         bin_folder = str(Path(sys.executable).parent)
         kept = {
-            key: value for key, value in os.environ.items() if key not in ("DATASET", "MODEL_PATH", "SHARDS", "OUT")
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("DATASET", "MODEL_PATH", "SHARDS", "OUT", "BUCKET")
         }
         return subprocess.run(
             [str(repo_root / "examples" / name), *flags],
@@ -61,7 +70,7 @@ def run_example(repo_root: Path, tmp_path: Path) -> Run:
 def test_every_example_can_be_executed_is_in_the_readme_and_is_run_here(repo_root: Path) -> None:
     readme = (repo_root / "README.md").read_text()
     paths = sorted((repo_root / "examples").iterdir())
-    assert {path.name for path in paths} == set(EXAMPLES)
+    assert {path.name for path in paths} == {*EXAMPLES, BUCKETS}
     for path in paths:
         assert os.access(path, os.X_OK), path
         assert f"`examples/{path.name}`" in readme, path
@@ -148,3 +157,42 @@ def test_a_job_that_fails_is_not_called_good(run_example: Run, tiny_model: Path,
     assert failed.returncode == 2
     assert "breaks the 4k+1 rule" in failed.stderr
     assert "FastVideo's trainers" not in failed.stdout
+
+
+# --- from bucket to bucket
+
+
+def assert_went_from_bucket_to_bucket(done: subprocess.CompletedProcess[str], latents: str, *, num_rows: int) -> None:
+    assert done.returncode == 0, done.stderr
+    assert f" uploaded to {latents.replace('latents', 'raw')}" in done.stdout or "s3://raw/clips" in done.stdout
+    assert "state    done" in done.stdout and ": 0 problems" in done.stdout
+    assert "'vae_latent_shape': [16, 5, 8, 12]" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"{num_rows} rows in {latents}/combined_parquet_dataset"
+
+
+def test_the_trip_through_a_bucket_of_the_users(
+    moto_server: Server, new_bucket: NewBucket, run_example: Run, tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    place = f"{new_bucket(moto_server)}/a trial"
+    how = {"DATASET": dataset, "MODEL_PATH": tiny_model, "BUCKET": f"{place}/", "TMPDIR": tmp_path}
+    done = run_example(BUCKETS, *SMALL, "--nproc", "1", "--device", "cpu", **how)
+    assert_went_from_bucket_to_bucket(done, f"{place}/latents", num_rows=2)
+    assert not list(tmp_path.glob("tmp.*"))  # its working folder
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_the_trip_with_nothing_given_starts_a_store_and_leaves_nothing(run_example: Run, tmp_path: Path) -> None:
+    done = run_example(BUCKETS, "--encode-threads", "1", TMPDIR=tmp_path)
+    assert_went_from_bucket_to_bucket(done, "s3://latents/job1", num_rows=6)
+    (url,) = re.findall(r"^a store at http://127.0.0.1:(\d+)$", done.stdout, flags=re.MULTILINE)
+    assert not answers(int(url))
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_what_is_no_bucket_is_said_before_any_work(run_example: Run, tmp_path: Path) -> None:
+    refused = run_example(BUCKETS, BUCKET="my-bucket")
+    assert refused.returncode == 2
+    assert "BUCKET must be a URL like s3://my-bucket/trial, got 'my-bucket'" in refused.stderr
+    assert run_example(BUCKETS, DATASET="nowhere").returncode == 2
+    assert not list(tmp_path.iterdir())

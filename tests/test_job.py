@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import io
 import json
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +31,7 @@ from streamprep.job import Job, JobPlan, Unit, open_job, start_or_join
 from streamprep.plan import Excluded, UnitPlan
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.storage import open_store
+from streamprep.tensor_members import CODECS
 from streamprep.types import EncodedClip, EncodedSample, TensorLocation, WrittenFile, WrittenRow
 
 if TYPE_CHECKING:
@@ -147,9 +151,16 @@ plans = st.builds(
     data_folder=texts,
     units=st.lists(units, max_size=3).map(tuple),
     versions=st.dictionaries(texts, texts, max_size=3),
+    columns=st.dictionaries(texts, texts, max_size=3),
+    converted=st.none() | settings_of_a_part,
 )
 locations = st.builds(
-    TensorLocation, offset=counts, size=counts, dtype=texts, shape=st.lists(counts, max_size=4).map(tuple)
+    TensorLocation,
+    offset=counts,
+    size=counts,
+    dtype=texts,
+    shape=st.lists(counts, max_size=4).map(tuple),
+    codec=st.sampled_from(CODECS),
 )
 rows = st.builds(
     WrittenRow, key=texts, bucket=texts, row_group=counts, tensors=st.dictionaries(texts, locations, max_size=2)
@@ -172,6 +183,18 @@ records = st.builds(
 @given(plans)
 def test_a_plan_is_read_back_as_it_was_written(plan: JobPlan) -> None:
     assert JobPlan.from_json(plan.to_json()) == plan
+
+
+@given(plans)
+def test_columns_keep_their_order(plan: JobPlan) -> None:
+    """It is that of the output's columns; JSON's keys are sorted, and resumed jobs wrote them so."""
+    assert list(JobPlan.from_json(plan.to_json()).columns) == list(plan.columns)
+
+
+def test_a_plan_of_the_time_when_columns_were_an_object_is_read(tmp_path: Path) -> None:
+    plan = make_job(tmp_path).plan
+    value = json.loads(plan.to_json()) | {"columns": {"a": "string", "b": "int64"}}
+    assert JobPlan.from_json(json.dumps(value).encode()).columns == {"a": "string", "b": "int64"}
 
 
 @given(records)
@@ -636,3 +659,40 @@ def test_finalize_repairs(damage: str, copied: Job, capsys: pytest.CaptureFixtur
     assert main(["finalize", str(copied.store.root)]) == 0
     assert capsys.readouterr().out.startswith("8 rows, 5 files, ")
     assert files_in(copied.store.root) == before
+
+
+def test_verify_lets_no_other_thread_hold_a_file(copied: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow's did: if one let go of it while the process ended, the process aborted, after "0 problems"."""
+    threads = set()
+
+    class Watched(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            threads.add(threading.current_thread())
+            return super().read(-1 if size is None else size)
+
+        def readinto(self, buffer: Any) -> int:
+            threads.add(threading.current_thread())
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(type(copied.store), "open", lambda store, path: Watched(store.root / path))
+    assert main(["verify", str(copied.store.root)]) == 0
+    assert threads == {threading.main_thread()}
+
+
+def test_what_verify_cannot_read_is_not_called_wrong(
+    copied: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = type(copied.store).open
+
+    def fails(store: Any, path: str) -> Any:
+        if path.endswith((".parquet", ".zst")):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return opened(store, path)
+
+    monkeypatch.setattr(type(copied.store), "open", fails)
+    assert main(["verify", str(copied.store.root)]) == 1
+    output = capsys.readouterr().out
+    assert "WRONG" not in output and "delete its record" not in output
+    assert output.count("UNREAD ") == 5
+    assert "Input/output error" in output
+    assert "0 problems, 5 files could not be read\nthe rest was not looked at" in output

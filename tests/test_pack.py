@@ -29,6 +29,7 @@ from streamprep.pack import cut_into_shards, pack, pack_shard
 from streamprep.shards import ShardSample
 from streamprep.sources import list_dataset
 from streamprep.sources._files import OpenFile
+from streamprep.sources._tree import LocalTree
 from streamprep.storage import open_store
 from streamprep.types import RawSample, VideoInfo
 
@@ -316,7 +317,7 @@ def test_a_file_that_changes_after_it_was_listed_stops_the_packing(dataset: Path
     samples = list_dataset(dataset, "auto").samples
     stale = dataclasses.replace(samples[1], size_bytes=samples[1].size_bytes - 1)
     with pytest.raises(OSError, match=r"b\.mp4 changed while it was packed; let it settle"):
-        pack_shard(OpenFile(dataset), open_store(tmp_path), "000000.tar", [samples[0], stale])
+        pack_shard(OpenFile(LocalTree(dataset)), open_store(tmp_path), "000000.tar", [samples[0], stale])
     assert contents(tmp_path) == {}
 
 

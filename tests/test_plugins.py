@@ -17,8 +17,8 @@ GROUP = "streamprep.sources"
 PLUGIN = """
 from streamprep.sources import _files
 
-def read_samples(root, options):
-    listing = _files.Listing(root)
+def read_samples(tree, options):
+    listing = _files.Listing(tree)
     listing.add("a.mp4", file_name="a.mp4", captions=["from a plugin"])
     return listing
 """

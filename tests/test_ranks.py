@@ -171,6 +171,19 @@ def test_a_rank_may_join_late_and_one_that_finds_all_done_leaves(
     assert_done(job, undisturbed(slow_shards))
 
 
+def test_a_rank_that_leaves_while_another_one_finalizes_anew_knows_the_totals(
+    new_job: NewJob, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It read them from SUCCESS.json, which the other had just deleted, and failed."""
+    job = new_job()
+    assert job.run(serial=True).code == 0
+    deletes = "streamprep.session.tidy"
+    monkeypatch.setattr(deletes, lambda current, _: current.store.delete("_streamprep/SUCCESS.json", step="delete"))
+    _, _, *arguments = map(str, job.command(serial=True))
+    assert main(arguments) == 0
+    assert "8 rows, 5 files" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_finalize_by_hand_while_ranks_run_is_refused_or_right(
     new_job: NewJob, new_run: NewRun, undisturbed: Undisturbed, slow_shards: Path, forks: Forks

@@ -11,7 +11,7 @@ import pytest
 
 from streamprep.errors import UserError
 from streamprep.sources import list_dataset
-from streamprep.sources._files import Skipped
+from streamprep.sources._files import Skipped, SourceOptions
 from streamprep.types import RawSample
 
 MakeDataset = Callable[..., Path]
@@ -371,3 +371,31 @@ def test_tars_beside_videos_do_not_hide_them(make_dataset: MakeDataset) -> None:
     root = make_dataset("folder", {"a.mp4": "video"})
     (root / "backup.tar").touch()
     assert [sample.file_name for sample in list_dataset(root, "auto").samples] == ["a.mp4"]
+
+
+# Annotations elsewhere
+
+
+@pytest.mark.parametrize("dataset_type", ["merged", "auto"])
+def test_annotations_may_lie_elsewhere_than_beside_their_videos(
+    make_dataset: MakeDataset, tmp_path: Path, dataset_type: str
+) -> None:
+    root = make_dataset("merged", {"a.mp4": "One.", "b/c.mp4": "Two."})
+    elsewhere = (root / "videos2caption.json").rename(tmp_path / "captions.json")
+    listing = list_dataset(root / "videos", dataset_type, SourceOptions(annotations=str(elsewhere)))
+    assert [(sample.file_name, sample.path, sample.captions) for sample in listing.samples] == [
+        ("a.mp4", "a.mp4", ("One.",)),
+        ("b/c.mp4", "b/c.mp4", ("Two.",)),
+    ]
+
+
+def test_annotations_that_are_missing_are_refused(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset("merged", {"a.mp4": "One."})
+    with pytest.raises(UserError, match=r"--annotations .*no\.json: there is no such file"):
+        list_dataset(root, "auto", SourceOptions(annotations=str(tmp_path / "no.json")))
+
+
+def test_annotations_of_another_layout_are_refused(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset("folder", {"a.mp4": "One."})
+    with pytest.raises(UserError, match="--annotations says nothing about a dataset of the layout folder"):
+        list_dataset(root, "folder", SourceOptions(annotations=str(tmp_path / "x.json")))

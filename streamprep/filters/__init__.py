@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from streamprep import plugins
 from streamprep.errors import UserError
+from streamprep.held_out import HeldOut
 from streamprep.shards import ShardSample
 
 if TYPE_CHECKING:
@@ -55,12 +56,15 @@ class Filters:
     Args:
         asked: ``NAME``, ``NAME:ARGUMENT``, ``MODULE:FUNCTION`` or ``MODULE:FUNCTION:ARGUMENT``.
 
+        held_out: Who is left for validation, of those that all filters leave.
+
     Raises:
         UserError: if there is no such filter, or it cannot take its argument.
     """
 
-    def __init__(self, asked: Sequence[str] = ()) -> None:
+    def __init__(self, asked: Sequence[str] = (), held_out: HeldOut | None = None) -> None:
         self._filters = [_open(one) for one in asked]
+        self._held_out = held_out
 
     @property
     def frame_filters(self) -> list[str]:
@@ -78,6 +82,10 @@ class Filters:
                 earlier = Filters()
                 earlier._filters = self._filters[:number]
                 one.survey(samples_left_by(earlier))
+        if self._held_out is not None and self._held_out.number is not None:
+            all_filters = Filters()
+            all_filters._filters = self._filters
+            self._held_out.survey(samples_left_by(all_filters))
 
     def excludes(self, sample: ShardSample) -> tuple[str, str] | None:
         """(reason, message) of the first that leaves a sample out, None if all let it pass."""
@@ -85,6 +93,10 @@ class Filters:
             if isinstance(one, SampleFilter) and (message := one.excludes(sample)) is not None:
                 return f"filter:{name}", message
         return None
+
+    def holds_out(self, sample: ShardSample) -> bool:
+        """Whether a sample that all filters let pass is for validation."""
+        return self._held_out is not None and self._held_out.holds_out(sample.key)
 
     def excludes_frames(self, frames: Tensor) -> tuple[str, str] | None:
         """(reason, message) of the first that leaves a clip out, None if all let it pass."""

@@ -117,7 +117,8 @@ def _check_reachable(address: str) -> None:
 
 def _attempts(config: LaunchSettings) -> Attempts:
     """Who is at which unit, to say whom we lost."""
-    return Attempts(open_store(getattr(config, "out")), FOLDER, Worker.this())  # noqa: B009
+    store = open_store(getattr(config, "out"), spool_dir=getattr(config, "spool_dir"))  # noqa: B009
+    return Attempts(store, FOLDER, Worker.this())
 
 
 def _gpus_per_worker(asked: float | None, device: str | None) -> float:

@@ -7,7 +7,6 @@ import io
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from streamprep.errors import UserError
@@ -15,6 +14,7 @@ from streamprep.images import sniff_image
 from streamprep.keys import extension_of
 from streamprep.probe import sniff_container
 from streamprep.sources._files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Listing
+from streamprep.sources._tree import Tree
 from streamprep.types import RawSample
 
 _EXTENSIONS = {"matroska": "mkv", "mpegts": "ts", "mpegps": "mpg", "ogg": "ogv", "asf": "wmv", "jpeg": "jpg"}
@@ -94,7 +94,7 @@ def _extension(data: bytes, name: str | None) -> str:
 class OpenParquetRow:
     """Opens samples that are cells of a Parquet file; holds the place it has read to, as rows come in order."""
 
-    root: Path
+    tree: Tree
     column: str
     _path: str = field(default="", init=False, repr=False)
     _next: int = field(default=0, init=False, repr=False)
@@ -104,23 +104,31 @@ class OpenParquetRow:
         """The cell's bytes."""
         assert sample.position is not None
         if self._cells is None or sample.path != self._path or sample.position < self._next:
-            self._cells = self._open_at(sample.path, sample.position)
+            self._cells = self._open_at(sample.path, sample.position, sample.version)
         cell = next(itertools.islice(self._cells, sample.position - self._next, None), None)
         self._next = sample.position + 1
         data, _ = cell_bytes(cell, where=f"{sample.path}, row {sample.position}")
         return io.BytesIO(data or b"")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OpenParquetRow, (self.root, self.column)
+        return OpenParquetRow, (self.tree, self.column)
 
-    def _open_at(self, path: str, position: int) -> Iterator[Any]:
+    def _open_at(self, path: str, position: int, version: str) -> Iterator[Any]:
         """The cells from the start of the row group on that has the row."""
-        import pyarrow.parquet as pq
-
-        table = pq.ParquetFile(self.root / path, pre_buffer=False, buffer_size=2**20)  # else it reads whole row groups
+        table = open_parquet(self.tree, path, version=version)
         sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
         starts = [0, *itertools.accumulate(sizes)]
         group = max(0, min(bisect.bisect_right(starts, position) - 1, len(sizes) - 1))
         self._path, self._next = path, starts[group]
         batches = table.iter_batches(1, row_groups=range(group, len(sizes)), columns=[self.column])
         return (cell for batch in batches for cell in batch.column(0).to_pylist())
+
+
+def open_parquet(tree: Tree, name: str, *, version: str | None = None) -> Any:
+    """A Parquet file of which a part at a time is read, not whole row groups."""
+    import pyarrow.parquet as pq
+
+    folder = tree.local_path()
+    if folder is not None:
+        return pq.ParquetFile(folder / name, pre_buffer=False, buffer_size=2**20)
+    return pq.ParquetFile(tree.open(name, version=version), pre_buffer=False, buffer_size=2**23)

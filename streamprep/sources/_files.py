@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import errno
 import json
 import math
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from streamprep.errors import UserError
 from streamprep.keys import extension_of, key_of
 from streamprep.shards import MAX_MEMBER_BYTES
+from streamprep.sources._tree import Tree
 from streamprep.types import RawSample
 
 VIDEO_EXTENSIONS = frozenset(
@@ -46,7 +45,10 @@ _HARMLESS = ("thumbnail",)
 _MEMBER_EXTENSION = re.compile("(?!json$|txt$)[a-z0-9]{1,8}")
 
 OpenVideo = Callable[[RawSample], BinaryIO]
-"""Gives a sample's bytes as a seekable file; sent to other processes, so it can be pickled."""
+"""Gives a sample's bytes as a seekable file; sent to other processes, so it can be pickled.
+
+So many threads may call it side by side as its ``at_once`` says; without that only one at a time.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +58,10 @@ class SourceOptions:
     video_column: str | None = None
     caption_column: str | None = None
     split: str | None = None
+    annotations: str | None = None
+    """A JSON file elsewhere than the layout has it; a path or a URL."""
     skip_damaged: bool = False
     prefix_keys: bool = False
-    links_into: Path | None = None
-    """Not the user's: a folder beside the dataset that links may lead to, where the hub's cache has the contents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,34 +75,37 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """Opens samples that are files of a folder."""
+    """Opens samples that are files of their own."""
 
-    root: Path
+    tree: Tree
 
     def __call__(self, sample: RawSample) -> BinaryIO:
         """The file; no pipe or device that has taken its place since it was listed, which would block."""
-        return open_regular(self.root / sample.path)
+        return self.tree.open_video(sample.path, size_bytes=sample.size_bytes, version=sample.version)
+
+    @property
+    def at_once(self) -> int:
+        """As many as the files' place bears."""
+        return self.tree.at_once
 
 
 @dataclass
 class Listing:
     """What a dataset holds, before any video is opened."""
 
-    root: Path
-    """The dataset's folder; what lies outside is refused."""
+    tree: Tree
+    """The dataset's files; what lies outside is refused."""
     samples: list[RawSample] = field(default_factory=list, kw_only=True)
     skipped: list[Skipped] = field(default_factory=list, kw_only=True)
     open_video: OpenVideo = field(default=None, kw_only=True)  # type: ignore[assignment]
-    """By default, opens ``root / sample.path``."""
+    """By default, opens the file at ``sample.path``."""
     in_order: bool = field(default=False, kw_only=True)
     """Whether the bytes can only be read one after the other, so that a shuffle would read all for each."""
-    links_into: Path | None = field(default=None, kw_only=True)
-    """See `SourceOptions`."""
     _places: dict[str, str] = field(default_factory=dict, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.open_video is None:
-            self.open_video = OpenFile(self.root)
+            self.open_video = OpenFile(self.tree)
 
     def add(
         self,
@@ -115,7 +120,7 @@ class Listing:
         """List one video file, or note that it is missing.
 
         Args:
-            path: Of the video, relative to ``root``.
+            path: Of the video, below the dataset's root.
             file_name: What the dataset calls it.
             captions: In the dataset's order.
             declared: What the dataset says of the video.
@@ -126,16 +131,16 @@ class Listing:
             UserError: if the path leaves the dataset, names something that is no file or too large a one, or has
                 no extension that a shard could tell from its own ``.json`` and ``.txt``.
         """
-        where = where or str(self.root)
+        where = where or self.tree.where()
         check_path(path, where=where, shown=file_name)
         check_path(file_name, where=where, shown=file_name)
         name = readable(file_name)
         if not _MEMBER_EXTENSION.fullmatch(extension_of(path)):
             raise UserError(f"{where}: the video {file_name!r} needs a video's extension, such as .mp4: rename it")
         try:
-            status = status_inside(self.root, path, links_into=self.links_into)
+            status = self.tree.status(path)
         except UserError as error:
-            raise UserError(f"{where}: {error}" if where != str(self.root) else str(error)) from error
+            raise UserError(f"{where}: {error}" if where != self.tree.where() else str(error)) from error
         if status is None:
             self.skip(name, "missing")
             return
@@ -144,8 +149,8 @@ class Listing:
                 key=key_of(file_name),
                 file_name=name,
                 path=path,
-                size_bytes=status.st_size,
-                version=self.version_of(path, status),
+                size_bytes=status.size_bytes,
+                version=status.version,
                 captions=tuple(captions),
                 declared=declared or {},
                 extra=extra or {},
@@ -172,13 +177,8 @@ class Listing:
                 f"{where}: {sample.file_name!r} and {self._places[sample.key]} have the same key {sample.key!r}; "
                 "rename one, or list it once (a video may have a list of captions)"
             )
-        self._places[sample.key] = repr(sample.file_name) + (f" ({where})" if where != str(self.root) else "")
+        self._places[sample.key] = repr(sample.file_name) + (f" ({where})" if where != self.tree.where() else "")
         self.samples.append(sample)
-
-    def version_of(self, path: str, status: os.stat_result) -> str:
-        """What changes with a file's bytes: in the hub's cache, where a name is a link, the digest it leads to."""
-        full = self.root / path
-        return full.resolve().name if self.links_into and full.is_symlink() else str(status.st_mtime_ns)
 
     def skip(self, file_name: str, reason: str) -> None:
         """Note something that is listed and not packed."""
@@ -191,16 +191,17 @@ class Listing:
         Raises:
             UserError: if it is empty, a key stands for two videos, or too many files are missing.
         """
+        root = self.tree.where()
         counts = Counter(sample.key for sample in self.samples)
         for key in (key for key, count in counts.items() if count > 1):
             both = " and ".join(repr(sample.file_name) for sample in self.samples if sample.key == key)
-            raise UserError(f"{self.root}: {both} have the same key {key!r}; rename one, or list it once")
+            raise UserError(f"{root}: {both} have the same key {key!r}; rename one, or list it once")
         unusable = [skipped for skipped in self.skipped if skipped.reason not in _HARMLESS]
         total = len(self.samples) + len(unusable)
         if len(unusable) > max(20, 0.05 * total) or (unusable and not self.samples):
-            raise UserError(f"{self.root}: {len(unusable)} of {total} listed entries are {_summary(unusable)}")
+            raise UserError(f"{root}: {len(unusable)} of {total} listed entries are {_summary(unusable)}")
         if not self.samples:
-            raise UserError(f"{self.root} lists no videos")
+            raise UserError(f"{root} lists no videos")
         self.samples.sort(key=lambda sample: sample.key)
         self.skipped.sort(key=lambda skipped: (skipped.file_name, skipped.reason))
         return self
@@ -258,69 +259,33 @@ def _is_relative(path: str) -> bool:
     return True
 
 
-def status_inside(root: Path, path: str, *, links_into: Path | None = None) -> os.stat_result | None:
-    """The status of a regular file, None if it is missing; links must stay inside the dataset.
-
-    Raises:
-        UserError: if it is a folder, pipe or device, or a link leads out.
-    """
-    full = root / path
-    try:
-        status = full.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise
-        raise UserError(f"{str(full)[:300]}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{full} is not a regular file")
-    resolved = full.resolve()
-    if not any(resolved.is_relative_to(folder.resolve()) for folder in (root, links_into) if folder is not None):
-        raise UserError(f"{full} is a link to {resolved}, outside the dataset: copy it in")
-    return status
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A file opened for reading that is no pipe or device, which could block for ever.
-
-    Raises:
-        UserError: if it is one.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise UserError(f"{path} is not a regular file")
-    return open(handle, "rb")
-
-
 # --- text and JSON
 
 
-def read_text(file: Path) -> str:
+def read_text(tree: Tree, name: str) -> str:
     """A text file, without its byte order mark.
 
     Raises:
         UserError: if it is not UTF-8, naming the line, or not a regular file.
         FileNotFoundError: if it is not there.
     """
-    with open_regular(file) as opened:
-        data = opened.read()
+    data = tree.read(name)
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{file} is not UTF-8: line {line} holds {data[error.start : error.end]!r}") from error
+        problem = f"line {line} holds {data[error.start : error.end]!r}"
+        raise UserError(f"{tree.where(name)} is not UTF-8: {problem}") from error
 
 
-def read_json(file: Path) -> Any:
+def read_json(tree: Tree, name: str) -> Any:
     """A JSON file's value, ``NaN`` (which is no JSON, but what Python writes of an empty cell) as None.
 
     Raises:
         UserError: if it is not JSON.
         FileNotFoundError: if it is not there.
     """
-    return parse_json(read_text(file), where=str(file))
+    return parse_json(read_text(tree, name), where=tree.where(name))
 
 
 def parse_json(text: str, *, where: str) -> Any:

@@ -8,9 +8,10 @@ of the same name is its thumbnail, and skipped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
+from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 from streamprep.errors import UserError
@@ -22,68 +23,75 @@ from streamprep.sources._files import (
     SourceOptions,
     read_json,
     read_text,
+    readable,
     split_columns,
-    status_inside,
 )
+from streamprep.sources._tree import Tree, in_parallel
+
+Row = tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]
+"""Captions, what is declared, further columns."""
 
 
-def matches(root: Path) -> bool:
+def matches(tree: Tree) -> bool:
     """Whether the folder has any video or image."""
-    return root.is_dir() and next(_videos(root), None) is not None
+    return next(_videos(tree), None) is not None
 
 
-def read_samples(root: Path, options: SourceOptions) -> Listing:
+def read_samples(tree: Tree, _: SourceOptions) -> Listing:
     """List the dataset's videos.
 
     Raises:
         UserError: naming the file, if a caption cannot be read.
     """
-    listing = Listing(root, links_into=options.links_into)
-    for path in _videos(root):
-        name = path.relative_to(root).as_posix()
-        if _is_thumbnail(path):
-            listing.skip(os.fsencode(name).decode("utf-8", "backslashreplace"), "thumbnail")
-            continue
-        row = _read_json(root, path.with_suffix(".json"), options)
-        captions, declared, extra = split_columns(row, where=str(path.with_suffix(".json")))
-        if captions is None:
-            captions = _read_text(root, path.with_suffix(".txt"), options)
-        listing.add(name, file_name=name, captions=captions, declared=declared, extra=extra)
+    listing = Listing(tree)
+    with closing(in_parallel(tree, partial(_describe, tree), _videos(tree))) as described:
+        for name, row in described:
+            if row is None:
+                listing.skip(readable(name), "thumbnail")
+            else:
+                captions, declared, extra = row
+                listing.add(name, file_name=name, captions=captions, declared=declared, extra=extra)
     return listing
 
 
-def _videos(root: Path) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root, onerror=_raise):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for path in (Path(folder, name) for name in subfolders):
-            if path.is_symlink():
-                raise UserError(f"{path} is a link to a folder, which is not followed: move the videos in")
-        for name in sorted(files):
-            if not name.startswith(".") and extension_of(name) in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS:
-                yield Path(folder, name)
+def _videos(tree: Tree) -> Iterator[str]:
+    for name in tree.walk(what="videos"):
+        if extension_of(name) in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS:
+            yield name
 
 
-def _is_thumbnail(path: Path) -> bool:
-    if extension_of(path.name) not in IMAGE_EXTENSIONS:
+def _describe(tree: Tree, name: str) -> tuple[str, Row | None]:
+    """A video's name, and what is said of it; None of a thumbnail."""
+    if _is_thumbnail(tree, name):
+        return name, None
+    file = _beside(name, ".json")
+    captions, declared, extra = split_columns(_read_json(tree, file), where=tree.where(file))
+    if captions is None:
+        captions = _read_text(tree, _beside(name, ".txt"))
+    return name, (captions, declared, extra)
+
+
+def _is_thumbnail(tree: Tree, name: str) -> bool:
+    if extension_of(name) not in IMAGE_EXTENSIONS:
         return False
-    return any(path.with_suffix(f".{extension}").exists() for extension in VIDEO_EXTENSIONS)
+    return any(tree.exists(_beside(name, f".{extension}")) for extension in VIDEO_EXTENSIONS)
 
 
-def _raise(error: OSError) -> None:
-    raise error  # os.walk passes over what it cannot read
+def _beside(name: str, extension: str) -> str:
+    return str(PurePosixPath(name).with_suffix(extension))
 
 
-def _read_json(root: Path, file: Path, options: SourceOptions) -> dict[str, Any]:
-    if status_inside(root, str(file.relative_to(root)), links_into=options.links_into) is None:
+def _read_json(tree: Tree, name: str) -> dict[str, Any]:
+    if tree.status(name) is None:
         return {}
-    value = read_json(file)
+    value = read_json(tree, name)
     if not isinstance(value, dict):
-        raise UserError(f"{file} must hold an object, got a {type(value).__name__}")
+        raise UserError(f"{tree.where(name)} must hold an object, got a {type(value).__name__}")
     return value
 
 
-def _read_text(root: Path, file: Path, options: SourceOptions) -> tuple[str, ...]:
-    if status_inside(root, str(file.relative_to(root)), links_into=options.links_into) is None:
+def _read_text(tree: Tree, name: str) -> tuple[str, ...]:
+    if tree.status(name) is None:
         return ()
-    text = read_text(file).strip()
+    text = read_text(tree, name).strip()
     return (text,) if text else ()

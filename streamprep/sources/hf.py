@@ -33,6 +33,7 @@ from streamprep.sources._files import (
     choose_column,
     split_columns,
 )
+from streamprep.sources._tree import LocalTree, Tree
 from streamprep.types import RawSample
 
 T = TypeVar("T")
@@ -43,21 +44,25 @@ _SECONDS_BETWEEN_LINES = 10.0
 _DECODED = ("Video", "Image", "Audio")
 
 
-def matches(root: Path) -> bool:
+def matches(tree: Tree) -> bool:
     """Whether the folder was written by ``save_to_disk``; other folders may be datasets too, if the user says so."""
-    return (root / "dataset_dict.json").is_file() or (
-        (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
-    )
+    return tree.is_file("dataset_dict.json") or (tree.is_file("state.json") and tree.is_file("dataset_info.json"))
 
 
-def read_samples(root: Path, options: SourceOptions) -> Listing:
+def read_samples(tree: Tree, options: SourceOptions) -> Listing:
     """List the dataset's videos.
 
     Raises:
         UserError: if ``datasets`` is not installed, there is no such dataset, split or column, or a row is no sample.
     """
+    root = tree.local_path()
+    if root is None:
+        raise UserError(
+            f"{tree.where()}: the library datasets reads folders and the hub, no buckets: download it, or export it to "
+            "Parquet for --dataset-type manifest"
+        )
     table = HfTable.open(root, options.split or "train")
-    listing = Listing(root, links_into=options.links_into)
+    listing = Listing(tree)
     first = next(iter(table.rows(0)), None)
     if first is None:
         raise UserError(f"{root} lists no videos: the split {table.split!r} has no rows")
@@ -71,7 +76,7 @@ def read_samples(root: Path, options: SourceOptions) -> Listing:
         flag="--caption-column",
         where=str(root),
     )
-    listing.open_video = OpenHfRow(table, video, OpenFile(root))
+    listing.open_video = OpenHfRow(table, video, OpenFile(tree))
     places = (
         (shard, position, row) for shard in range(table.num_shards) for position, row in enumerate(table.rows(shard))
     )
@@ -205,7 +210,8 @@ def _add(
     elif path.startswith("hf://datasets/"):
         _add_hub_file(listing, table, path, captions, declared, extra, where=where)
     else:
-        path = str(Path(path).relative_to(listing.root.resolve())) if _inside(path, listing.root) else path
+        root = Path(table.dataset)
+        path = str(Path(path).relative_to(root.resolve())) if _inside(path, root) else path
         listing.add(path, file_name=path, captions=captions, declared=declared, extra=extra, where=where)
 
 
@@ -269,7 +275,7 @@ def _load(table: HfTable) -> Any:
 
 
 def _load_any(datasets: Any, table: HfTable) -> Any:
-    if not matches(Path(table.dataset)):
+    if not matches(LocalTree(Path(table.dataset))):
         return datasets.load_dataset(table.dataset, split=table.split, revision=table.revision, streaming=True)
     loaded = datasets.load_from_disk(table.dataset)
     return loaded[table.split] if isinstance(loaded, datasets.DatasetDict) else loaded

@@ -12,11 +12,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from streamprep.errors import UserError
-from streamprep.sources._bytes import OpenParquetRow, add_bytes
+from streamprep.sources._bytes import OpenParquetRow, add_bytes, open_parquet
 from streamprep.sources._files import (
     CAPTION_COLUMNS,
     VIDEO_COLUMNS,
@@ -28,6 +28,7 @@ from streamprep.sources._files import (
     read_text,
     split_columns,
 )
+from streamprep.sources._tree import Tree
 
 OPTIONS = ("video_column", "caption_column")
 TAKES_FILES = True
@@ -39,36 +40,37 @@ Row = tuple[str, dict[str, Any]]
 """Where it is (file and line), and its cells."""
 
 
-def matches(root: Path) -> bool:
+def matches(tree: Tree) -> bool:
     """Whether this is a table, or a folder with one."""
-    if root.is_file():
-        return root.suffix.lower() in _EXTENSIONS
-    return bool(_candidates(root))
+    if tree.file is not None:
+        return tree.is_file(tree.file) and _extension(tree.file) in _EXTENSIONS
+    return bool(_candidates(tree))
 
 
-def read_samples(root: Path, options: SourceOptions) -> Listing:
+def read_samples(tree: Tree, options: SourceOptions) -> Listing:
     """List the dataset's videos.
 
     Raises:
         UserError: naming file and line, if the table is not as described.
     """
-    file = _only_candidate(root) if root.is_dir() else root
-    listing = Listing(file.parent, links_into=options.links_into)
-    rows = _read_rows(file)
+    file = tree.file or _only_candidate(tree)
+    listing = Listing(tree)
+    rows = _read_rows(tree, file)
     first = next(rows, None)
     if first is None:
-        raise UserError(f"{file} lists no videos: it has no rows")
-    columns = _choose_columns(file, first[1], options)
+        raise UserError(f"{tree.where(file)} lists no videos: it has no rows")
+    columns = _choose_columns(tree.where(file), first[1], options)
     if not isinstance(first[1][columns[0]], str):
-        listing.open_video = OpenParquetRow(file.parent, columns[0])
+        listing.open_video = OpenParquetRow(tree, columns[0])
         listing.in_order = True
+    version = tree.version_of(file)
     for number, (where, row) in enumerate(_chain(first, rows)):
-        _add(listing, file, number, row, columns, where=where)
+        _add(listing, file, version, number, row, columns, where=where)
     return listing
 
 
 def _add(
-    listing: Listing, file: Path, number: int, row: dict[str, Any], columns: tuple[str, str], *, where: str
+    listing: Listing, file: str, version: str, number: int, row: dict[str, Any], columns: tuple[str, str], *, where: str
 ) -> None:
     video_column, caption_column = columns
     for column in columns:
@@ -86,10 +88,10 @@ def _add(
         add_bytes(
             listing,
             video,
-            path=file.name,
+            path=file,
             position=number,
             number=number,
-            version=str(file.stat().st_mtime_ns),
+            version=version,
             captions=captions,
             declared=declared,
             extra=extra,
@@ -102,8 +104,7 @@ def _add(
         )
 
 
-def _choose_columns(file: Path, row: dict[str, Any], options: SourceOptions) -> tuple[str, str]:
-    where = str(file)
+def _choose_columns(where: str, row: dict[str, Any], options: SourceOptions) -> tuple[str, str]:
     video = choose_column(row, wanted=options.video_column, among=VIDEO_COLUMNS, flag="--video-column", where=where)
     others = [column for column in row if column != video]
     caption = choose_column(
@@ -112,39 +113,39 @@ def _choose_columns(file: Path, row: dict[str, Any], options: SourceOptions) -> 
     return video, caption
 
 
-def _candidates(root: Path) -> list[Path]:
-    return [
-        root / f"{stem}{extension}"
-        for stem in _STEMS
-        for extension in _EXTENSIONS
-        if (root / f"{stem}{extension}").is_file()
-    ]
+def _candidates(tree: Tree) -> list[str]:
+    names = (f"{stem}{extension}" for stem in _STEMS for extension in _EXTENSIONS)
+    return [name for name in names if tree.is_file(name)]
 
 
-def _only_candidate(root: Path) -> Path:
-    found = _candidates(root)
+def _only_candidate(tree: Tree) -> str:
+    found = _candidates(tree)
     if len(found) != 1:
-        names = (
-            ", ".join(path.name for path in found) if found else f"{', '.join(_STEMS)} with {', '.join(_EXTENSIONS)}"
-        )
+        names = ", ".join(found) if found else f"{', '.join(_STEMS)} with {', '.join(_EXTENSIONS)}"
         problem = "several manifests" if found else "no manifest"
-        raise UserError(f"{root} has {problem} ({names}): the manifest is missing or in doubt, give the file itself")
+        raise UserError(
+            f"{tree.where()} has {problem} ({names}): the manifest is missing or in doubt, give the file itself"
+        )
     return found[0]
+
+
+def _extension(file: str) -> str:
+    return PurePosixPath(file).suffix.lower()
 
 
 # --- rows
 
 
-def _read_rows(file: Path) -> Iterator[Row]:
-    extension = file.suffix.lower()
+def _read_rows(tree: Tree, name: str) -> Iterator[Row]:
+    file, extension = tree.where(name), _extension(name)
     if extension in (".jsonl", ".ndjson"):
-        return _json_lines(file)
+        return _json_lines(read_text(tree, name), file)
     if extension == ".json":
-        return _json_list(file)
+        return _json_list(read_json(tree, name), file)
     if extension in (".csv", ".tsv"):
-        return _separated(file, "\t" if extension == ".tsv" else ",")
+        return _separated(read_text(tree, name), "\t" if extension == ".tsv" else ",", file)
     if extension == ".parquet":
-        return _parquet(file)
+        return _parquet(tree, name)
     raise UserError(f"{file}: a manifest is one of {', '.join(_EXTENSIONS)}")
 
 
@@ -153,15 +154,14 @@ def _chain(first: Row, rows: Iterator[Row]) -> Iterator[Row]:
     yield from rows
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
+def _json_lines(text: str, file: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{file}, line {number}"
             yield where, _object(parse_json(line, where=where), where=where)
 
 
-def _json_list(file: Path) -> Iterator[Row]:
-    value = read_json(file)
+def _json_list(value: Any, file: str) -> Iterator[Row]:
     if isinstance(value, dict) and str(value.get("format", "")).startswith("streamprep-"):
         raise UserError(f"{file} is of packed shards: they are input of `streamprep encode`, not of `pack`")
     if not isinstance(value, list):
@@ -177,8 +177,8 @@ def _object(value: Any, *, where: str) -> dict[str, Any]:
     return value
 
 
-def _separated(file: Path, delimiter: str) -> Iterator[Row]:
-    lines = csv.reader(io.StringIO(read_text(file), newline=""), delimiter=delimiter, strict=True)
+def _separated(text: str, delimiter: str, file: str) -> Iterator[Row]:
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(lines, [])
         twice = sorted({name for name in header if header.count(name) > 1})
@@ -210,13 +210,12 @@ def _number(name: str, cell: str, *, where: str) -> Any:
         raise UserError(f"{where}: {name} must be a positive number, got {cell!r:.200}") from None
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(tree: Tree, name: str) -> Iterator[Row]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    number = 0
+    file, number = tree.where(name), 0
     try:
-        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
+        with open_parquet(tree, name) as table:
             holds_bytes = any(_holds_bytes(field.type) for field in table.schema_arrow)
             for batch in table.iter_batches(batch_size=4 if holds_bytes else 1024):
                 for row in batch.to_pylist():

@@ -6,39 +6,37 @@ such when it is encoded; blank lines at the end are none.
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from streamprep.errors import UserError
 from streamprep.keys import key_of
-from streamprep.sources._files import Listing, SourceOptions, readable
+from streamprep.sources._files import Listing, SourceOptions, read_text, readable
+from streamprep.sources._tree import Tree
 from streamprep.types import RawSample
 
 TAKES_FILES = True
 
 
-def matches(root: Path) -> bool:
+def matches(tree: Tree) -> bool:
     """Whether it is a text file."""
-    return root.suffix == ".txt" and root.is_file()
+    return tree.file is not None and PurePosixPath(tree.file).suffix == ".txt" and tree.is_file(tree.file)
 
 
-def read_samples(root: Path, _: SourceOptions) -> Listing:
+def read_samples(tree: Tree, _: SourceOptions) -> Listing:
     """List the file's prompts.
 
     Raises:
         UserError: if it cannot be read as UTF-8, or holds no prompt.
     """
-    try:
-        text = root.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{root} is not UTF-8: {error}") from error
-    except OSError as error:
-        raise UserError(f"{root} is not a text file with a prompt on each line: {error}") from error
+    if tree.file is None:
+        raise UserError(f"{tree.where()} is not a text file with a prompt on each line: it is a folder")
+    text, stem = read_text(tree, tree.file), PurePosixPath(tree.file).stem
     if not text.strip():
-        raise UserError(f"{root} holds no prompts: it is empty")
+        raise UserError(f"{tree.where(tree.file)} holds no prompts: it is empty")
     return Listing(
-        root,
+        tree,
         samples=[
-            _sample(f"{root.stem}-{number:06d}", line.strip())
+            _sample(f"{stem}-{number:06d}", line.strip())
             for number, line in enumerate(text.rstrip("\n \t\r").split("\n"), start=1)
         ],
     )

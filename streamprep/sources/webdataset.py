@@ -9,10 +9,12 @@ of the video that a clip was cut from.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from errno import ENOENT
+from functools import partial
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from streamprep.errors import UserError
@@ -23,14 +25,15 @@ from streamprep.sources._files import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     Listing,
+    Skipped,
     SourceOptions,
     captions_of,
-    open_regular,
     parse_json,
-    status_inside,
+    readable,
     to_json_value,
 )
-from streamprep.tars import BadTarError, TarMember, TarSample, open_member, read_tar_samples
+from streamprep.sources._tree import Tree, in_parallel
+from streamprep.tars import BadTarError, TarMember, TarSample, read_tar_samples
 from streamprep.types import RawSample
 
 OPTIONS = ("caption_column",)
@@ -39,26 +42,28 @@ _MAX_TEXT_BYTES = 2**24
 _MAX_NAMED = 10
 
 
-def matches(root: Path) -> bool:
+def matches(tree: Tree) -> bool:
     """Whether the folder has tars, and no videos or images outside of them."""
-    return root.is_dir() and not folder.matches(root) and next(_tars(root, SourceOptions()), None) is not None
+    return tree.file is None and not folder.matches(tree) and next(_tars(tree), None) is not None
 
 
-def read_samples(root: Path, options: SourceOptions) -> Listing:
+def read_samples(tree: Tree, options: SourceOptions) -> Listing:
     """List the samples of all tars.
 
     Raises:
         UserError: naming the tars and what is wrong with them, if any is damaged.
     """
-    listing = Listing(root, open_video=OpenTarMember(root), links_into=options.links_into)
-    damaged: dict[str, str] = {}
-    for name in sorted(_tars(root, options)):
-        try:
-            _add_tar(listing, name, options)
-        except BadTarError as error:
-            damaged[name] = str(error)
+    listing = Listing(tree, open_video=OpenTarMember(tree))
+    damaged: dict[str, BadTarError] = {}
+    names = sorted(_tars(tree))
+    with closing(in_parallel(tree, partial(_read_tar, tree, options), names)) as tars:
+        for name, found in zip(names, tars, strict=True):
+            if isinstance(found, BadTarError):
+                damaged[name] = found
+            else:
+                _add_tar(listing, found)
     if damaged and not options.skip_damaged:
-        shown = "\n  ".join(f"{root / name}: {problem}" for name, problem in list(damaged.items())[:_MAX_NAMED])
+        shown = "\n  ".join(f"{tree.where(name)}: {problem}" for name, problem in list(damaged.items())[:_MAX_NAMED])
         more = f"\n  and {len(damaged) - _MAX_NAMED} more" if len(damaged) > _MAX_NAMED else ""
         raise UserError(
             f"{len(damaged)} of the tars cannot be used; make them again, move them away, or leave them out by "
@@ -73,120 +78,134 @@ def read_samples(root: Path, options: SourceOptions) -> Listing:
 class OpenTarMember:
     """Opens samples that are members of a tar."""
 
-    root: Path
+    tree: Tree
 
     def __call__(self, sample: RawSample) -> BinaryIO:
         """The member's bytes."""
-        assert sample.position is not None
-        return open_member(open_regular(self.root / sample.path), sample.position, sample.size_bytes)
+        version = sample.version.partition("-")[2]
+        return self.tree.open_video(sample.path, size_bytes=sample.size_bytes, version=version, offset=sample.position)
+
+    @property
+    def at_once(self) -> int:
+        """As many as the tars' place bears."""
+        return self.tree.at_once
 
 
-def _tars(root: Path, options: SourceOptions) -> Iterator[str]:
-    """Names relative to the root, without those that only go with others."""
-    for inside, subfolders, files in os.walk(root, onerror=_raise):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in (name for name in subfolders if Path(inside, name).is_symlink()):
-            raise UserError(f"{Path(inside, name)} is a link to a folder, which is not followed: move the tars in")
-        for name in sorted(name for name in files if not name.startswith(".")):
-            path = Path(inside, name)
-            if name.lower().endswith(_COMPRESSED):
-                raise UserError(
-                    f"{path} is compressed, so no video in it can be found without reading all: unpack it to .tar"
-                )
-            relative = path.relative_to(root)
-            if name.endswith(".tar") and not _goes_with_another(root, relative):
-                status_inside(root, str(relative), links_into=options.links_into)
-                yield str(relative)
+def _tars(tree: Tree) -> Iterator[str]:
+    """Names of all tars, without those that only go with others."""
+    for name in tree.walk(what="tars"):
+        if name.lower().endswith(_COMPRESSED):
+            raise UserError(
+                f"{tree.where(name)} is compressed, so no video in it can be found without reading all: unpack it to "
+                ".tar"
+            )
+        if name.endswith(".tar") and not _goes_with_another(tree, PurePosixPath(name)):
+            tree.status(name)  # may refuse it
+            yield name
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _goes_with_another(root: Path, tar: Path) -> bool:
+def _goes_with_another(tree: Tree, tar: PurePosixPath) -> bool:
     return any(
-        (root / Path(*tar.parts[:at], "video", *tar.parts[at + 1 :])).is_file()
+        tree.is_file(str(PurePosixPath(*tar.parts[:at], "video", *tar.parts[at + 1 :])))
         for at, part in enumerate(tar.parts[:-1])
         if part in ("metas", "t5_xxl")
     )
 
 
-def _companion(root: Path, tar: Path) -> Path | None:
+def _companion(tree: Tree, tar: PurePosixPath) -> str | None:
     """The tar with the metadata of cosmos-curate's tar of videos."""
     for at, part in enumerate(tar.parts[:-1]):
-        metas = Path(*tar.parts[:at], "metas", *tar.parts[at + 1 :])
-        if part == "video" and (root / metas).is_file():
+        metas = str(PurePosixPath(*tar.parts[:at], "metas", *tar.parts[at + 1 :]))
+        if part == "video" and tree.is_file(metas):
             return metas
     return None
 
 
-def _add_tar(listing: Listing, tar: str, options: SourceOptions) -> None:
-    root = listing.root
-    status = (root / tar).stat()
-    version = f"{status.st_size}-{listing.version_of(tar, status)}"
-    companion = _companion(root, Path(tar))
-    metadata = {} if companion is None else _read_companion(listing, companion, options)
-    with open_regular(root / tar) as file:
-        for sample in read_tar_samples(file):
-            _add_sample(listing, file, tar, sample, metadata, version, options)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A sample of a tar, or why it is none."""
+
+    sample: RawSample | Skipped
+    where: str
 
 
-def _read_companion(
-    listing: Listing, tar: Path, options: SourceOptions
-) -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
-    status_inside(listing.root, str(tar), links_into=listing.links_into)
-    with open_regular(listing.root / tar) as file:
+def _read_tar(tree: Tree, options: SourceOptions, tar: str) -> list[_Found] | BadTarError:
+    """The samples of a tar, or what is wrong with it."""
+    status = tree.status(tar)
+    if status is None:
+        raise FileNotFoundError(ENOENT, "it was there a moment ago", tree.where(tar))
+    version = f"{status.size_bytes}-{status.version}"
+    try:
+        companion = _companion(tree, PurePosixPath(tar))
+        metadata = {} if companion is None else _read_companion(tree, companion, options)
+        with tree.open(tar) as file:
+            return [
+                _find_video(file, tree.where(tar), tar, sample, metadata, version, options)
+                for sample in read_tar_samples(file)
+            ]
+    except BadTarError as error:
+        return error
+
+
+def _read_companion(tree: Tree, tar: str, options: SourceOptions) -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
+    tree.status(tar)  # may refuse it
+    with tree.open(tar) as file:
         try:
             return {
-                sample.key: _describe(file, sample, options, where=f"{listing.root / tar}, {sample.key!r}")
+                sample.key: _describe(file, sample, options, where=f"{tree.where(tar)}, {sample.key!r}")
                 for sample in read_tar_samples(file)
             }
         except BadTarError as error:
             raise BadTarError(f"its metadata, {tar}: {error}") from error
 
 
-def _add_sample(
-    listing: Listing,
+def _find_video(
     file: BinaryIO,
+    shown_tar: str,
     tar: str,
     sample: TarSample,
     metadata: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]],
     version: str,
     options: SourceOptions,
-) -> None:
+) -> _Found:
     prefix = f"{tar.removesuffix('.tar')}/" if options.prefix_keys else ""
-    shown = os.fsencode(f"{prefix}{sample.key}").decode("utf-8", "backslashreplace")
+    shown = readable(f"{prefix}{sample.key}")
+    where = f"{shown_tar}, {sample.key!r}"
     videos = [extension for extension in sample.members if extension in VIDEO_EXTENSIONS]
     videos = videos or [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
     if len(videos) != 1:
-        listing.skip(shown, "several_videos" if videos else "no_video")
-        return
+        return _Found(Skipped(file_name=shown, reason="several_videos" if videos else "no_video"), where)
     video = sample.members[videos[0]]
-    where = f"{listing.root / tar}, {sample.key!r}"
     try:
         captions, extra = _describe(file, sample, options, where=where)
     except UserError:
-        listing.skip(shown, "unreadable_caption")
-        return
+        return _Found(Skipped(file_name=shown, reason="unreadable_caption"), where)
     if sample.key in metadata:
         captions, extra = captions or metadata[sample.key][0], {**metadata[sample.key][1], **extra}
-    name = f"{prefix}{sample.key}.{videos[0]}"
-    try:
-        listing.add_sample(
-            RawSample(
-                key=key_of(name),
-                file_name=f"{shown}.{videos[0]}",
-                path=tar,
-                position=video.offset,
-                size_bytes=video.size,
-                version=version,
-                captions=captions,
-                extra=extra,
-            ),
-            where=where,
-        )
-    except UserError as error:
-        raise UserError(f"{error}; `streamprep index --prefix-keys` puts the tar's name before each key") from error
+    return _Found(
+        RawSample(
+            key=key_of(f"{prefix}{sample.key}.{videos[0]}"),
+            file_name=f"{shown}.{videos[0]}",
+            path=tar,
+            position=video.offset,
+            size_bytes=video.size,
+            version=version,
+            captions=captions,
+            extra=extra,
+        ),
+        where,
+    )
+
+
+def _add_tar(listing: Listing, found: list[_Found]) -> None:
+    for one in found:
+        if isinstance(one.sample, Skipped):
+            listing.skip(one.sample.file_name, one.sample.reason)
+            continue
+        try:
+            listing.add_sample(one.sample, where=one.where)
+        except UserError as error:
+            raise UserError(f"{error}; `streamprep index --prefix-keys` puts the tar's name before each key") from error
 
 
 def _describe(

@@ -1,7 +1,8 @@
 """All reading and all durable writing goes through a `Store`: one root, files below it.
 
 `LocalStore` (``local.py``) is a folder, `ObjectStore` (``objects.py``) a place in a bucket, `WebStore` a place on a web
-server, which can only be read. Writing is all or nothing: a file that can be seen is whole and can be trusted.
+server, which can only be read, `HubStore` (``hub.py``) a folder of a dataset's repository on the Hugging Face hub.
+Writing is all or nothing: a file that can be seen is whole and can be trusted.
 """
 
 from __future__ import annotations
@@ -13,25 +14,27 @@ from urllib.parse import unquote
 
 from streamprep.errors import UserError
 from streamprep.progress import count, size
-from streamprep.storage.interface import FileEntry, PendingFile, Store, StoreError, StoreStats
+from streamprep.storage.interface import FileEntry, FileReplaced, PendingFile, Store, StoreError, StoreStats
 from streamprep.storage.local import LocalStore
 
 __all__ = [
     "FileEntry",
+    "FileReplaced",
     "LocalStore",
     "PendingFile",
     "Store",
     "StoreError",
     "StoreStats",
     "check_writable",
+    "describe_staging",
     "describe_traffic",
     "is_remote",
     "open_store",
 ]
 
 _SCHEMES = (
-    "use a path, file:///absolute/path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, or "
-    "https://HOST/PATH (which can only be read)"
+    "use a path, file:///absolute/path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, "
+    "hf://datasets/ORG/NAME/FOLDER, or https://HOST/PATH (which can only be read)"
 )
 
 
@@ -40,7 +43,8 @@ def open_store(url: str | os.PathLike[str], *, spool_dir: str | None = None) -> 
 
     Args:
         url: A path or a URL.
-        spool_dir: Local folder where files for a bucket are built; by default that for temporary files.
+        spool_dir: Local folder where files for a bucket are built, by default that for temporary files; or where
+            those for the hub lie until they are published, by default in the user's folder of caches.
 
     Raises:
         UserError: for a URL of another kind.
@@ -52,11 +56,14 @@ def open_store(url: str | os.PathLike[str], *, spool_dir: str | None = None) -> 
         return LocalStore(Path(text))
     if text.startswith("file://"):
         return LocalStore(_path_of(text))
+    if text.startswith("hf://"):
+        from streamprep.storage.hub import HubStore
+        from streamprep.storage.hub_requests import parse_hub_url
+
+        return HubStore(parse_hub_url(text), spool_dir=spool_dir)
     from streamprep.storage.objects import ObjectStore, WebStore
     from streamprep.storage.places import WEB, parse_place
 
-    if text.startswith("hf://"):
-        raise UserError(f"{text}: the Hugging Face hub holds datasets to pack, not shards or latents; {_SCHEMES}")
     place = parse_place(text)
     if place is None:
         raise UserError(f"{text}: no store is known by such a URL; {_SCHEMES}")
@@ -77,14 +84,26 @@ def check_writable(store: Store, *, only_writer: bool) -> None:
         )
 
 
+def describe_staging(store: Store) -> Iterator[str]:
+    """A line on where files lie that are published all at once."""
+    folder = store.staged_in()
+    if folder is not None:
+        yield (
+            f"staged in {folder}, which all ranks must see, until all is done; then published as one commit to "
+            f"{store.url}"
+        )
+
+
 def describe_traffic(*stores: Store) -> Iterator[str]:
-    """A line for each bucket that this process has asked something of."""
+    """A line for each place in a bucket that this process has asked something of."""
+    places: dict[str, StoreStats] = {}
     for store in stores:
-        stats = store.stats
+        places.setdefault(store.url, StoreStats()).add(store.stats)
+    for url, stats in places.items():
         if total := stats.requests.total():
             kinds = ", ".join(f"{number} {kind}" for kind, number in stats.requests.most_common())
             yield (
-                f"{store.url}: {count(total, 'request')} ({kinds}), {size(stats.bytes_read)} read, "
+                f"{url}: {count(total, 'request')} ({kinds}), {size(stats.bytes_read)} read, "
                 f"{size(stats.bytes_written)} written"
             )
 

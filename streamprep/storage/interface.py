@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -44,6 +44,19 @@ class StoreStats:
             self.bytes_read += bytes_read
             self.bytes_written += bytes_written
 
+    def add(self, other: StoreStats) -> None:
+        """Add what another process has asked."""
+        with self._lock:
+            self.requests += other.requests
+            self.bytes_read += other.bytes_read
+            self.bytes_written += other.bytes_written
+
+    def __getstate__(self) -> tuple[Counter[str], int, int]:
+        return self.requests, self.bytes_read, self.bytes_written
+
+    def __setstate__(self, state: tuple[Counter[str], int, int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
 
 class StoreError(OSError):
     """A store did not do what it was asked for: trouble of the network, the service, or of its permissions.
@@ -60,6 +73,10 @@ class StoreError(OSError):
 
     def __reduce__(self) -> tuple[type[StoreError], tuple[str, str, bool]]:
         return type(self), (self.url, self.what, self.passing)
+
+
+class FileReplaced(StoreError):
+    """A file is not of the version any more that was asked for."""
 
 
 class PendingFile(Protocol):
@@ -107,8 +124,15 @@ class Store(Protocol):
     def read(self, path: str) -> bytes:
         """The whole file; `FileNotFoundError` if there is none."""
 
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes from ``offset``; `EOFError` if the file is shorter."""
+    def read_range(self, path: str, offset: int, size: int, *, version: str | None = None) -> bytes:
+        """Exactly ``size`` bytes from ``offset``; `EOFError` if the file is shorter.
+
+        Args:
+            path: Of the file.
+            offset: Of the first byte.
+            size: Number of bytes.
+            version: As `list` had it; `FileReplaced` if it is another by now. None takes any.
+        """
 
     def open(self, path: str) -> BinaryIO:
         """A seekable file to read from; `FileNotFoundError` if there is none."""
@@ -121,6 +145,9 @@ class Store(Protocol):
 
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """The files directly in a folder whose names begin so, sorted; nothing if there is no such folder."""
+
+    def walk(self, folder: str = "") -> Iterator[FileEntry]:
+        """All files below a folder, at any depth, in no order that all stores share; nothing if there is none."""
 
     def free_bytes(self) -> int | None:
         """What can still be written, None if there is no end to it."""
@@ -170,6 +197,22 @@ class Store(Protocol):
 
     def remove_unpublished(self) -> None:
         """Remove what processes of this machine that died left half written; files of living ones stay."""
+
+    # --- a store that is seen by others only when all is done
+
+    def staged_in(self) -> Path | None:
+        """The local folder where files lie until `publish_all`; None if each is seen as soon as it is written."""
+
+    def is_all_published(self) -> bool:
+        """Whether others see all that was written."""
+
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
+        """Make others see all that was written, at once; nothing if they do. Several processes may call it.
+
+        Args:
+            summary: A file that names all others by their digests: where others see the same, it has been done.
+            leave_out: Folders that do not belong to the result.
+        """
 
 
 def parts_of(path: str, *, below: str) -> PurePosixPath:

@@ -13,12 +13,12 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from streamprep.crashpoints import crash_point
-from streamprep.storage.interface import FileEntry, Store, StoreStats, parts_of
+from streamprep.storage.interface import FileEntry, FileReplaced, Store, StoreStats, parts_of
 
 _TEMPORARY_FOLDER = ".tmp"
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
@@ -59,9 +59,11 @@ class LocalStore:
         """The whole file; `FileNotFoundError` if there is none."""
         return self._resolve(path).read_bytes()
 
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
+    def read_range(self, path: str, offset: int, size: int, *, version: str | None = None) -> bytes:
         """Exactly ``size`` bytes from ``offset``; `EOFError` if the file is shorter."""
         with open(self._resolve(path), "rb", buffering=0) as file:
+            if version is not None and str(os.fstat(file.fileno()).st_mtime_ns) != version:
+                raise FileReplaced(str(self.root / path), "it was replaced while it was read")
             data = os.pread(file.fileno(), size, offset)
             while len(data) < size:  # a single read returns at most 2 GiB
                 more = os.pread(file.fileno(), size - len(data), offset + len(data))
@@ -97,6 +99,15 @@ class LocalStore:
             except FileNotFoundError:  # another process has removed it
                 continue
             yield FileEntry(str(PurePosixPath(folder, entry.name)), status.st_size, str(status.st_mtime_ns))
+
+    def walk(self, folder: str = "") -> Iterator[FileEntry]:
+        """All files below a folder, but those that are not published; links to folders are not followed."""
+        for inside, subfolders, _ in os.walk(
+            self._resolve(folder) if folder else self.root, onerror=_raise_unless_gone
+        ):
+            relative = Path(inside).relative_to(self.root)
+            subfolders[:] = sorted(name for name in subfolders if relative / name != Path(_TEMPORARY_FOLDER))
+            yield from self.list("" if relative == Path() else str(relative))
 
     def free_bytes(self) -> int:
         """What can still be written."""
@@ -172,6 +183,17 @@ class LocalStore:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
 
+    def staged_in(self) -> Path | None:
+        """None: a file is seen as soon as it is written."""
+        return None
+
+    def is_all_published(self) -> bool:
+        """Yes."""
+        return True
+
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
+        """Nothing."""
+
     def _resolve(self, path: str) -> Path:
         return self.root / parts_of(path, below=self.url)
 
@@ -215,6 +237,11 @@ class LocalFile:
     def __exit__(self, *_: object) -> None:
         self.path.unlink(missing_ok=True)
         os.close(self._lock)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error  # os.walk passes over what it cannot read
 
 
 def _publish_if_absent(source: Path, target: Path) -> bool:

@@ -16,27 +16,30 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from errno import ENOENT, ENOSPC
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
 
 import obstore
 import obstore.exceptions
 
 from streamprep.crashpoints import crash_point
-from streamprep.errors import UserError
-from streamprep.storage.interface import FileEntry, Store, StoreError, StoreStats, parts_of
+from streamprep.errors import UserError, first_line
+from streamprep.storage.interface import FileEntry, FileReplaced, Store, StoreError, StoreStats, parts_of
 from streamprep.storage.local import LocalFile, LocalStore
-from streamprep.storage.places import Place, check_not_forked, connect
+from streamprep.storage.places import Place, check_not_forked, connect, without_secrets
 from streamprep.storage.ranged import RangedFile
 from streamprep.storage.troubles import ERRORS, understand
 
 if TYPE_CHECKING:
     from streamprep.storage.places import Client
+
+T = TypeVar("T")
 
 _PIECE_BYTES = 16 * 2**20
 """Larger reads are several requests side by side: each is soon done, within the time that one may take."""
@@ -48,6 +51,9 @@ _PARTS_AT_ONCE = 4
 _ATTEMPTS = 3
 """Of a whole upload; each request in it is sent again by the client first."""
 _LIST_PAGE = 1000
+_PROBES = ".tmp"
+_LONGEST_PROBE = timedelta(hours=1)
+"""It takes seconds; a clock may be wrong, and a probe that is removed too early tells lies."""
 _SPOOL_RESERVE_BYTES = 64 * 2**20
 
 
@@ -102,17 +108,19 @@ class ObjectStore:
         self.stats.count("get", bytes_read=len(data))
         return data
 
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
+    def read_range(self, path: str, offset: int, size: int, *, version: str | None = None) -> bytes:
         """Exactly ``size`` bytes from ``offset``; `EOFError` if the object is shorter."""
         if not size:
-            self.size_bytes(path)  # FileNotFoundError
+            found = self._head(path)  # FileNotFoundError
+            if version is not None and _entity_tag(found["e_tag"]) != _entity_tag(version):
+                raise _replaced(self._url(path))
             return b""
         starts = range(offset, offset + size, _PIECE_BYTES)
         pieces = [(start, min(_PIECE_BYTES, offset + size - start)) for start in starts]
         if len(pieces) == 1:
-            data = self._piece(path, offset, size)
+            data = self._piece(path, offset, size, version)
         else:
-            data = b"".join(self._reading().map(lambda piece: self._piece(path, *piece), pieces))
+            data = b"".join(self._reading().map(lambda piece: self._piece(path, piece[0], piece[1], version), pieces))
         if len(data) < size:
             raise EOFError(f"{path} has {self.size_bytes(path)} bytes, {offset + size} were expected")
         return data
@@ -120,7 +128,7 @@ class ObjectStore:
     def _piece(self, path: str, offset: int, size: int, version: str | None = None) -> bytes:
         """At most ``size`` bytes of an object that must still be of this version, if one is given."""
         key = self._key(path)
-        wanted: Any = {"range": (offset, offset + size), **({"if_match": version} if version else {})}
+        wanted: Any = {"range": (offset, offset + size), **({"if_match": _entity_tag(version)} if version else {})}
         try:
             with self._request(path) as client:
                 data = bytes(obstore.get(client, key, options=wanted).bytes())
@@ -153,17 +161,42 @@ class ObjectStore:
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """The objects directly below a prefix whose names begin so, sorted."""
         key = self._key(folder) if folder else None
-        with self._request(folder) as client:
-            found = obstore.list_with_delimiter(client, key)["objects"]
-        self.stats.count("list", number=1 + len(found) // _LIST_PAGE)
+        found = self._ask("list", folder, lambda client: obstore.list_with_delimiter(client, key))["objects"]
+        self.stats.count("list", number=len(found) // _LIST_PAGE)
         self._bucket_seen = True
         start = f"{folder}/{prefix}" if folder else prefix
-        entries = [
-            FileEntry(str(one["path"]), int(one["size"]), str(one["e_tag"] or one["last_modified"]))
-            for one in found
-            if str(one["path"]).startswith(start)
-        ]
+        entries = [_entry(one) for one in found if str(one["path"]).startswith(start)]
         yield from sorted(entries, key=lambda entry: entry.path)
+
+    def walk(self, folder: str = "") -> Iterator[FileEntry]:
+        """All objects below a prefix, as they are listed."""
+        start = f"{self._key(folder)}/" if folder else ""
+        seen, attempt = set[str](), 0
+        pages = self._pages(start)
+        while True:
+            try:
+                page = next(pages, None)
+            except StoreError as error:
+                if not error.passing or (attempt := attempt + 1) == _ATTEMPTS:
+                    raise
+                pages = self._pages(start)  # not from the last name on: not all stores list by name
+                continue
+            if page is None:
+                return
+            new = [_entry(one) for one in page if str(one["path"]) not in seen]
+            seen.update(entry.path for entry in new)
+            yield from (entry for entry in new if entry.path and entry.path.startswith(start))
+
+    def _pages(self, start: str) -> Iterator[Any]:
+        pages = obstore.list(self._connected(), start or None, chunk_size=_LIST_PAGE)  # asks nothing yet
+        while True:
+            with self._request(start.rstrip("/")):
+                page: Any = next(pages, ())
+            self.stats.count("list")
+            self._bucket_seen = True
+            yield page
+            if len(page) < _LIST_PAGE:
+                return
 
     def free_bytes(self) -> int | None:
         """None: a bucket is never full."""
@@ -193,7 +226,7 @@ class ObjectStore:
 
     def check_create_only(self) -> bool:
         """Create one object twice: where that works, the store takes no notice of conditions."""
-        path = f".tmp/probe-{uuid.uuid4().hex}"
+        path = f"{_PROBES}/probe-{uuid.uuid4().hex}"
         try:
             honoured = self._create_until_refused(path)
             self._delete(path)
@@ -236,8 +269,23 @@ class ObjectStore:
         """Nothing: there are no folders, only names that begin alike."""
 
     def remove_unpublished(self) -> None:
-        """Remove from the spool what processes of this machine that died have left there."""
+        """Remove what died with a process: files in the spool of this machine, and old probes in the bucket."""
         self.spool.remove_unpublished()
+        long_ago = datetime.now(UTC) - _LONGEST_PROBE
+        for one in self._ask("list", _PROBES, lambda client: obstore.list_with_delimiter(client, _PROBES))["objects"]:
+            if str(one["path"]).startswith(f"{_PROBES}/probe-") and one["last_modified"] < long_ago:
+                self._delete(str(one["path"]))
+
+    def staged_in(self) -> Path | None:
+        """None: an object is seen as soon as it is written."""
+        return None
+
+    def is_all_published(self) -> bool:
+        """Yes."""
+        return True
+
+    def publish_all(self, *, summary: str | None = None, leave_out: Sequence[str] = ()) -> None:
+        """Nothing."""
 
     # --- requests
 
@@ -318,12 +366,26 @@ class ObjectStore:
         return found
 
     def _delete(self, path: str) -> None:
-        try:
-            with self._request(path) as client:
-                obstore.delete(client, path)
-        except FileNotFoundError:
-            pass
-        self.stats.count("delete")
+        with suppress(FileNotFoundError):
+            self._ask("delete", path, lambda client: obstore.delete(client, path))
+
+    def _ask(self, kind: str, path: str, ask: Callable[[Client], T]) -> T:
+        """Make a request that does no harm when it is made twice.
+
+        The client does not send again what was cut off in the middle of a listing, nor a deletion, which is a POST.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                with self._request(path) as client:
+                    return ask(client)
+            except StoreError as error:
+                if not error.passing or attempt == _ATTEMPTS:
+                    raise
+            finally:
+                self.stats.count(kind)
+            time.sleep(0.2 * 2**attempt)
 
     def _count_put(self, size: int, part: int | None = None) -> None:
         number = 1 if part is None or size <= _MULTIPART_ABOVE else 2 + -(-size // part)
@@ -344,12 +406,17 @@ class ObjectStore:
 
     def _raise(self, error: Exception, path: str, *, writes: bool) -> NoReturn:
         url = self._url(path)
-        if isinstance(error, FileNotFoundError) and not writes:
+        if isinstance(error, obstore.exceptions.PreconditionError):
+            raise _replaced(url) from None
+        if isinstance(error, obstore.exceptions.InvalidPathError):
+            raise UserError(
+                f"{url}: an object there has a name that cannot be a path, with an empty part ('a//b'), '.', '..' or a "
+                f"control character: rename it ({without_secrets(first_line(error))!r})"
+            ) from None
+        trouble = understand(error, self.place)
+        if trouble.kind == "missing" and not writes:  # perhaps deleted between two halves of a reply that broke off
             self._check_bucket()
             raise FileNotFoundError(ENOENT, "there is no such object", url) from None
-        if isinstance(error, obstore.exceptions.PreconditionError):
-            raise StoreError(url, "it was replaced while it was read") from None
-        trouble = understand(error, self.place)
         if trouble.kind == "too short":
             raise _TooShort from None
         if trouble.kind == "unsupported":
@@ -442,6 +509,10 @@ class WebStore(ObjectStore):
 
     def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
         """No web server lists its files in a way that all others do."""
+        return self.walk(folder)
+
+    def walk(self, folder: str = "") -> NoReturn:
+        """Refused."""
         raise UserError(
             f"{self._url(folder)}: a web server lists no files and takes none, so it can only be what `encode` reads: "
             "write to a local folder or a bucket"
@@ -484,6 +555,19 @@ class _Refused(StoreError):
 
 class _Unsupported(StoreError):
     """The store does not know such a request."""
+
+
+def _entry(found: Any) -> FileEntry:
+    return FileEntry(str(found["path"]), int(found["size"]), str(found["e_tag"] or found["last_modified"]))
+
+
+def _entity_tag(version: str) -> str:
+    """As requests have it; Azure's listings leave out the quotes."""
+    return version if version.endswith('"') else f'"{version}"'
+
+
+def _replaced(url: str) -> FileReplaced:
+    return FileReplaced(url, "it was replaced while it was read")
 
 
 def _size(source: bytes | Path) -> int:

@@ -14,7 +14,7 @@ from streamprep.storage.places import Place, advice, without_secrets
 ERRORS = (obstore.exceptions.BaseError, OSError, ValueError)
 """What obstore raises."""
 
-Kind = Literal["refused", "region", "no bucket", "too short", "unsupported", "passing", "other"]
+Kind = Literal["refused", "region", "no bucket", "missing", "too short", "unsupported", "passing", "other"]
 
 _REFUSED_CODES = (
     *(
@@ -65,6 +65,8 @@ def understand(error: Exception, place: Place) -> Trouble:
         or status in ("401", "403")
     ):
         return Trouble("refused", f"it was refused ({said}). {advice(place)}")
+    if status == "404" or isinstance(error, FileNotFoundError):
+        return Trouble("missing", f"there is no such object ({said})")
     if status == "416" or "Wanted range starting at" in text:
         return Trouble("too short", said)
     if "credential" in text.lower() or "instance metadata" in text.lower() or "169.254.169.254" in text:

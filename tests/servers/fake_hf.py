@@ -1,8 +1,11 @@
 """A fake of the Hugging Face hub that can be written: repositories, LFS uploads, and commits of many files.
 
 It adds to `fake_hub`, which can be read only, what ``HfApi.create_commit`` and ``create_repo`` ask for. A commit is
-there as a whole or not at all, and one whose ``parent_commit`` is no longer the last is refused with 412. It is no hub:
-one branch, one account, no Xet (``HF_HUB_DISABLE_XET`` is in its environment), no limit of commits an hour.
+there as a whole or not at all, and one whose ``parent_commit`` is no longer the last is refused with 412. As on the
+hub, files are listed by pages and with their digests, and large ones are read from another host, which wants no token.
+It is no hub: one branch, two tokens, no Xet (``HF_HUB_DISABLE_XET`` is in its environment), no limit of commits.
+
+A repository whose name begins with ``private`` is not seen without a token, one with ``gated`` by nobody.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from fake_hub import HubHandler
 
@@ -29,9 +32,11 @@ from servers import Server
 from servers.threads import serving
 
 OWNER = "fake"
-TOKEN = "hf_fake"
+TOKEN, READ_TOKEN = "hf_fake", "hf_fakereader"
 LFS_SUFFIXES = (".parquet", ".tar", ".mp4", ".bin", ".safetensors")
 LFS_FROM_BYTES = 10_000_000
+PAGE = 5
+"""Entries in one answer; 1000 on the hub."""
 
 
 @contextmanager
@@ -51,8 +56,9 @@ def fake_hf(folder: Path) -> Iterator[Server]:
 
 
 class _Refused(Exception):
-    def __init__(self, status: HTTPStatus, error: str) -> None:
+    def __init__(self, status: HTTPStatus, error: str, *, code: str | None = None) -> None:
         self.status, self.error = status, error
+        self.headers = {"X-Error-Message": error, **({"X-Error-Code": code} if code else {})}
 
 
 @dataclass(slots=True)
@@ -141,14 +147,59 @@ class _Handler(HubHandler):
     def _answer(self, body: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)
         try:
+            self._check_reader(path)
             if not self._answer_writer(path, body):
                 super()._answer(body)
         except _Refused as refused:
-            self._send(refused.status, json.dumps({"error": refused.error}).encode(), {})
+            self._send(refused.status, json.dumps({"error": refused.error}).encode(), refused.headers)
+
+    def _check_reader(self, path: str) -> None:
+        """Refuse who must not see a repository."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path.startswith("/content/"):
+            if token:
+                raise _Refused(HTTPStatus.BAD_REQUEST, "this host wants no token")
+            return
+        if token not in ("", TOKEN, READ_TOKEN):
+            raise _Refused(HTTPStatus.UNAUTHORIZED, "Invalid credentials in Authorization header")
+        name = re.match(rf"/(api/)?datasets/{OWNER}/(private|gated)", path)
+        if name and name[2] == "private" and not token:
+            raise _Refused(HTTPStatus.UNAUTHORIZED, "Invalid username or password.", code="RepoNotFound")
+        if name and name[2] == "gated":
+            raise _Refused(HTTPStatus.FORBIDDEN, "Access to this dataset is restricted.", code="GatedRepo")
+
+    def _send_file(self, file: Path, commit: str) -> None:
+        data = file.read_bytes()
+        if not _is_large(file.name, len(data)) or self.path.startswith("/content/"):
+            super()._send_file(file, commit)
+            return
+        oid = hashlib.sha256(data).hexdigest()
+        port = self.headers["Host"].rpartition(":")[2]
+        url = f"http://localhost:{port}/content/{oid}?Signature=SECRET"  # another host than 127.0.0.1
+        headers = {"Location": url, "X-Repo-Commit": commit, "X-Linked-Size": str(len(data)), "X-Linked-Etag": oid}
+        self._send(HTTPStatus.FOUND, b"", headers)
+
+    def _send_tree(self, root: Path, inside: str, *, recursive: bool) -> None:
+        folder = root / inside
+        if not folder.is_dir():
+            raise _Refused(HTTPStatus.NOT_FOUND, "Entry not found", code="EntryNotFound")
+        entries = sorted(folder.rglob("*") if recursive else folder.iterdir())
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
+        start = int(query.get("cursor", ["0"])[0])
+        headers = {"Content-Type": "application/json"}
+        if start + PAGE < len(entries):
+            recursively = "&recursive=true" if recursive else ""
+            following = f"{self._own_url()}{url.path}?cursor={start + PAGE}{recursively}"
+            headers["Link"] = f'<{following}>; rel="next"'
+        page = [_entry(root, path) for path in entries[start : start + PAGE]]
+        self._send(HTTPStatus.OK, json.dumps(page).encode(), headers)
 
     def _answer_writer(self, path: str, body: bytes) -> bool:
         """Answer what changes something, or leads to it. Returns whether it was such a request."""
-        if self.command == "PUT" and path.startswith("/lfs/"):
+        if path.startswith("/content/"):
+            self._send_file(self.hub.blob(path.removeprefix("/content/")), "")
+        elif self.command == "PUT" and path.startswith("/lfs/"):
             self.hub.store(path.removeprefix("/lfs/"), body)  # as on the hub, who knows the address is let in
             self._send_json({})
         elif path == "/api/repos/create":
@@ -165,7 +216,14 @@ class _Handler(HubHandler):
             self._send_json({"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/preupload/main", path):
             self._authorize(found[1])
-            self._send_json({"files": [_upload_mode(file) for file in json.loads(body)["files"]]})
+            head = self.hub.folder_of(found[1], self.hub.commits[found[1]][-1])
+            self._send_json({"files": [_upload_mode(head, file) for file in json.loads(body)["files"]]})
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/auth-check/write", path):
+            self._authorize(found[1])
+            self._send_json({})
+        elif (found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/refs", path)) and found[1] in self.hub.commits:
+            branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.hub.commits[found[1]][-1]}
+            self._send_json({"branches": [branch], "converts": [], "tags": []})
         elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self._authorize(found[1])
             objects = [self._upload_action(wanted) for wanted in json.loads(body)["objects"]]
@@ -180,10 +238,12 @@ class _Handler(HubHandler):
         return True
 
     def _authorize(self, repository: str | None = None) -> None:
+        if self.headers.get("Authorization") == f"Bearer {READ_TOKEN}":
+            raise _Refused(HTTPStatus.FORBIDDEN, "Forbidden: you must use a write token to upload to a repository.")
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise _Refused(HTTPStatus.UNAUTHORIZED, "Invalid username or password.")
         if repository is not None and repository not in self.hub.commits:
-            raise _Refused(HTTPStatus.NOT_FOUND, "Repository not found")
+            raise _Refused(HTTPStatus.NOT_FOUND, "Repository not found", code="RepoNotFound")
 
     def _upload_action(self, wanted: dict[str, Any]) -> dict[str, Any]:
         answer = {"oid": wanted["oid"], "size": wanted["size"]}
@@ -196,6 +256,32 @@ class _Handler(HubHandler):
         return f"http://{self.headers['Host']}"
 
 
-def _upload_mode(file: dict[str, Any]) -> dict[str, Any]:
-    is_large = file["size"] >= LFS_FROM_BYTES or file["path"].endswith(LFS_SUFFIXES)
-    return {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
+def _upload_mode(head: Path, file: dict[str, Any]) -> dict[str, Any]:
+    mode = "lfs" if _is_large(file["path"], file["size"]) else "regular"
+    answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": file["path"].endswith(".ignored")}
+    if (head / file["path"]).is_file():
+        there = _entry(head, head / file["path"])
+        answer["oid"] = there["lfs"]["oid"] if "lfs" in there else there["oid"]
+    return answer
+
+
+def _is_large(path: str, size: int) -> bool:
+    return size >= LFS_FROM_BYTES or (size > 0 and path.endswith(LFS_SUFFIXES))
+
+
+def _entry(root: Path, path: Path) -> dict[str, Any]:
+    """As the tree lists it: with git's digest, of a large file that of the text that stands for it."""
+    name = str(path.relative_to(root))
+    if path.is_dir():
+        return {"type": "directory", "oid": _git_digest(name.encode()), "size": 0, "path": name}
+    data = path.read_bytes()
+    if not _is_large(name, len(data)):
+        return {"type": "file", "oid": _git_digest(data), "size": len(data), "path": name}
+    oid = hashlib.sha256(data).hexdigest()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
+    large = {"oid": oid, "size": len(data), "pointerSize": len(pointer)}
+    return {"type": "file", "oid": _git_digest(pointer), "size": len(data), "path": name, "lfs": large}
+
+
+def _git_digest(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from servers.fake_hf import READ_TOKEN
 from servers.faults import Answer, LoseReply
 
 if TYPE_CHECKING:
@@ -52,12 +53,6 @@ def run(tmp_path: Path) -> Callable[[str, str], Any]:
     return run
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    yield
-
-
 Run = Callable[[str, str], Any]
 
 
@@ -94,11 +89,13 @@ def test_a_wrong_token_is_refused(
 try:
     commit({"a": "1"})
 except HfHubHTTPError as error:
-    say([error.response.status_code, files()])
+    say(error.response.status_code)
 """
     url = new_bucket(fake_hf_server)
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert run(code, url) == [401, []]
+    for token, status in (("hf_wrong", 401), (READ_TOKEN, 403)):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert run(code, url) == status
+    assert run("say(files())", url) == []
 
 
 def test_a_repository_is_created_once(fake_hf_server: Server, new_bucket: NewBucket, run: Run) -> None:

@@ -20,6 +20,7 @@ from streamprep.manifest import load_index, load_manifest
 from streamprep.pack import pack
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, SourceOptions
+from streamprep.sources._tree import open_tree
 from streamprep.storage import open_store
 from streamprep.types import RawSample
 
@@ -79,7 +80,7 @@ def test_it_is_recognised(make_dataset: MakeDataset, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", SOURCES)
 def test_it_does_not_recognise_an_empty_folder(tmp_path: Path, layout: str) -> None:
-    assert not plugins.load("streamprep.sources", layout).matches(tmp_path)
+    assert not plugins.load("streamprep.sources", layout).matches(open_tree(tmp_path))
     with pytest.raises(UserError, match=r"is missing|lists no videos|contain any data files"):
         list_dataset(tmp_path, layout)
 

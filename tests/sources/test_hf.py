@@ -128,7 +128,8 @@ def test_a_manifest_of_a_repository_is_a_dataset_with_what_lies_beside_it(
         ("hf://datasets/org/merged/nowhere", "the repository has no 'nowhere'"),
         ("hf://datasets/org/merged/../x", "named without '..'"),
         ("hf://models/org/merged", "a dataset of the hub is hf://datasets/ORG/NAME"),
-        ("s3://bucket/dataset", "a dataset is a local folder or file, or hf://datasets/ORG/NAME"),
+        ("https://127.0.0.1:9/dataset", "a web server lists no files"),
+        ("ftp://bucket/dataset", "no store is known by such a URL"),
     ],
 )
 def test_what_the_hub_does_not_have_is_refused(on_hub: RunOnHub, tmp_path: Path, url: str, message: str) -> None:

@@ -23,6 +23,7 @@ from streamprep.manifest import load_index, load_manifest
 from streamprep.pack import pack
 from streamprep.sources import list_dataset
 from streamprep.sources._files import Listing, Skipped, SourceOptions
+from streamprep.sources._tree import open_tree
 from streamprep.sources.manifest import matches
 from streamprep.storage import open_store
 
@@ -74,7 +75,7 @@ def test_every_format_lists_the_same(folder: Path, format: str) -> None:
     assert pairs(file) == {name: (caption,) for name, caption in captions.items()}
     assert [sample.extra for sample in listed(file).samples] == [{"score": "1"}] * 3
     for dataset in (file, folder):
-        assert matches(dataset)
+        assert matches(open_tree(dataset))
         assert list_dataset(dataset, "auto").samples == listed(file).samples
 
 

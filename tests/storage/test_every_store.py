@@ -1,4 +1,4 @@
-"""What every store promises: a local folder, and a bucket of every server there is for tests."""
+"""What every store promises: a folder, a bucket of every server there is for tests, and what is staged for the hub."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import obstore
 import pytest
-from object_stores import NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
+from object_stores import NewBucket, on_azurite, on_fake_gs, on_fake_hf, on_moto, on_seaweedfs
 
-from streamprep.storage import LocalStore, Store, open_store
+from streamprep.storage import FileReplaced, LocalStore, Store, open_store
 from streamprep.storage.objects import ObjectStore
 from streamprep.storage.places import connect
 
@@ -59,7 +59,7 @@ print(*(n for n in range(20) if store.put_if_absent(f"prizes/{n}", me.encode(), 
 """
 
 
-@pytest.fixture(params=["local", on_moto, on_seaweedfs, on_azurite, on_fake_gs])
+@pytest.fixture(params=["local", on_moto, on_seaweedfs, on_azurite, on_fake_gs, on_fake_hf])
 def store(
     request: pytest.FixtureRequest, tmp_path: Path, new_bucket: NewBucket, monkeypatch: pytest.MonkeyPatch
 ) -> Store:
@@ -67,6 +67,7 @@ def store(
         return open_store(tmp_path / "store")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return open_store(f"{new_bucket(request.getfixturevalue(request.param))}/a prefix/store")
 
@@ -75,16 +76,22 @@ def files(store: Store) -> list[str]:
     """All that can be seen."""
     if isinstance(store, ObjectStore):
         return sorted(one["path"] for page in obstore.list(connect(store.place)) for one in page)
-    root = store.local_path()
-    assert root is not None
+    root = store.local_path() or staged(store)
     paths = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     return sorted(path for path in paths if not path.startswith(".tmp/"))
 
 
+def staged(store: Store) -> Path:
+    """Where files lie that are for the hub."""
+    folder = store.staged_in()
+    assert folder is not None
+    return folder / "files"
+
+
 def unpublished(store: Store) -> list[Path]:
     """Files that are being built, or were when their process died."""
-    folder = store.spool if isinstance(store, ObjectStore) else store
-    return list((folder.root / ".tmp").glob("*"))
+    root = store.spool.root if isinstance(store, ObjectStore) else store.local_path() or staged(store)
+    return list((root / ".tmp").glob("*"))
 
 
 def publish(store: Store, path: str, data: bytes, *, replace: bool = True) -> bool:
@@ -319,10 +326,48 @@ def test_list_gives_the_files_of_one_folder_by_name(store: Store) -> None:
     assert list(store.list("nowhere")) == []
 
 
+def test_walk_gives_the_files_at_any_depth(store: Store) -> None:
+    for name in ("a/2", "a/1", "a/b/c/3", "a b/4", "5"):
+        store.put(name, name.encode() * 2, step="data")
+    found = {entry.path: entry for entry in store.walk()}
+    assert sorted(found) == ["5", "a b/4", "a/1", "a/2", "a/b/c/3"]
+    assert sorted(store.walk("a"), key=lambda entry: entry.path) == [found[name] for name in ("a/1", "a/2", "a/b/c/3")]
+    assert {entry.path for entry in store.list("a")} < set(found)
+    assert list(store.list("a")) == [found["a/1"], found["a/2"]]
+    assert list(store.walk("nowhere")) == []
+    with store.new_file() as file:
+        file.path.write_bytes(b"not published")
+        assert {entry.path for entry in store.walk()} == set(found)
+
+
+def test_a_range_is_read_of_the_version_that_was_listed_or_not_at_all(store: Store) -> None:
+    store.put("a/file", b"0123456789", step="data")
+    store.put("a/empty", b"", step="data")
+    if isinstance(store, LocalStore):
+        os.utime(store.root / "a/file", (0, 0))
+        os.utime(store.root / "a/empty", (0, 0))
+    empty, file = store.list("a")
+    assert [entry for entry in store.walk() if entry.path == file.path] == [file]
+    assert store.read_range("a/file", 3, 4, version=file.version) == b"3456"
+    assert store.read_range("a/empty", 0, 0, version=empty.version) == b""
+    store.put("a/file", b"9876543210", step="data")
+    store.put("a/empty", b"no more", step="data")
+    for entry, size in ((file, 4), (empty, 0)):
+        with pytest.raises(FileReplaced, match=rf"{entry.path}: it was replaced while it was read"):
+            store.read_range(entry.path, 0, size, version=entry.version)
+    assert store.read_range("a/file", 3, 4) == b"6543"
+
+
+def test_a_version_is_that_of_all_parts(store: Store) -> None:
+    publish(store, "large", LARGE)
+    (entry,) = store.walk()
+    assert store.read_range("large", 5, len(LARGE) - 6, version=entry.version) == LARGE[5:-1]
+
+
 def test_a_files_version_changes_with_its_bytes(store: Store) -> None:
     store.put("file", b"1", step="data")
-    if isinstance(store, LocalStore):
-        os.utime(store.root / "file", (0, 0))
+    if not isinstance(store, ObjectStore):
+        os.utime((store.local_path() or staged(store)) / "file", (0, 0))
     (before,) = store.list()
     store.put("file", b"2", step="data")
     (after,) = store.list()

@@ -11,6 +11,8 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,33 @@ def test_trouble_that_passes_is_not_seen(bucket: tuple[ObjectStore, FaultProxy],
     store.delete("small", step="delete")
     assert not store.exists("small")
     assert sum(rule.hits for rule in rules) == 4
+
+
+def test_what_is_deleted_while_it_is_read_is_not_there(bucket: tuple[ObjectStore, FaultProxy]) -> None:
+    """The client says so in another way if it had half of it: a rank ended by it, as a mark was withdrawn just then."""
+    store, proxy = bucket
+    proxy.inject("^GET ", CutReply(), times=1)
+    proxy.inject("^GET .*there", Answer(404, code="NoSuchKey"))
+    with pytest.raises(FileNotFoundError, match="there is no such object"):
+        store.read("there")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [CutReply(), CutReply(reset=False), StallReply(30), LoseReply(), Reset()],
+    ids=["cut", "closed", "stalled", "lost", "reset"],
+)
+def test_a_listing_or_a_deletion_that_breaks_off_is_asked_for_again(
+    bucket: tuple[ObjectStore, FaultProxy], fault: Fault
+) -> None:
+    """The client sends neither again once there is a connection; ranks ended by it."""
+    store, proxy = bucket
+    rules = [proxy.inject(pattern, fault, times=2) for pattern in ("^GET .*list-type", "^POST .*delete")]
+    assert [entry.path for entry in store.list()] == ["there"]
+    store.delete("there", step="delete")
+    assert [rule.hits for rule in rules] == [2, 2]
+    proxy.clear()
+    assert not store.exists("there")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +215,32 @@ def test_a_file_that_is_replaced_while_it_is_read_is_no_mixture(bucket: tuple[Ob
         publish(store, "file", b"1" * 2**20)
         with pytest.raises(StoreError, match="replaced while it was read"):
             file.read()
+
+
+@pytest.mark.parametrize("fault", [CutReply(), CutReply(reset=False)], ids=["reset", "closed"])
+def test_a_listing_that_is_cut_off_is_asked_for_again(bucket: tuple[ObjectStore, FaultProxy], fault: CutReply) -> None:
+    store, proxy = bucket
+    for listing in (store.list, store.walk):
+        rule = proxy.inject("list-type", fault, times=2)
+        assert [entry.path for entry in listing()] == ["there"]
+        assert rule.hits == 2
+        proxy.clear()
+        rule = proxy.inject("list-type", fault)
+        with pytest.raises(StoreError, match=r"/place: it did not answer as it should.*body error"):
+            list(listing())
+        proxy.clear()
+
+
+def test_a_walk_that_is_cut_off_midway_gives_each_file_once(bucket: tuple[ObjectStore, FaultProxy]) -> None:
+    store, proxy = bucket
+    names = [f"many/{number:05d}" for number in range(1100)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: store.put(name, b"1", step="data"), names))
+    rule = proxy.inject("list-type", CutReply(), skip=1, times=1)  # the second page
+    before = store.stats.requests["list"]
+    assert [entry.path for entry in store.walk("many")] == names
+    assert rule.hits == 1
+    assert store.stats.requests["list"] == before + 3
 
 
 def test_a_flipped_byte_is_none_of_ours_to_notice(bucket: tuple[ObjectStore, FaultProxy]) -> None:
@@ -308,6 +363,19 @@ def test_the_probe_survives_lost_replies(bucket: tuple[ObjectStore, FaultProxy])
     assert store.check_create_only() is True
 
 
+def test_a_probe_of_a_process_that_died_is_removed_when_it_is_old(
+    bucket: tuple[ObjectStore, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = bucket
+    store.put(".tmp/probe-0123", b"1", step="data")
+    store.remove_unpublished()
+    assert store.exists(".tmp/probe-0123")  # another process may be at it
+    monkeypatch.setattr("streamprep.storage.objects._LONGEST_PROBE", timedelta(0))
+    store.remove_unpublished()
+    assert [entry.path for entry in store.list(".tmp")] == []
+    assert store.exists("there")
+
+
 # --- the spool
 
 
@@ -372,3 +440,10 @@ def test_requests_and_bytes_are_counted(bucket: tuple[ObjectStore, FaultProxy]) 
     assert store.stats.requests.total() == len(proxy.requests) - before
     assert store.stats.requests == {"put": 5, "get": 2, "head": 2, "list": 1, "delete": 1}
     assert os.getpid() == places._first_used_by
+
+
+def test_a_web_server_lists_nothing() -> None:
+    store = open_store("https://127.0.0.1:9/shards")
+    for listing in (store.list, store.walk):
+        with pytest.raises(UserError, match="a web server lists no files"):
+            listing()

@@ -42,7 +42,7 @@ def test_urls_of_buckets_name_a_place(url: str, place: Place) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("hf://a/b", "datasets to pack"),
+        ("hf://a/b", "only repositories of datasets"),
         ("memory://", "no store is known"),
         ("ftp://host/x", r"no store is known.*s3://BUCKET"),
         ("http://[x", "Invalid IPv6"),

@@ -1,0 +1,407 @@
+"""A finished output -> the same rows in another format: ``streamprep convert``. Nothing is encoded again.
+
+1. The output must be finished. The new exporter must be able to hold its tensors, columns and contract; what a dtype
+   loses is said, and noted in the new plan and contract.
+2. The new ``plan.json`` is derived from the old one: the same units, retries among them, under another fingerprint,
+   which knows the old output by the digests of its plan and of ``SUCCESS.json``, which names all its files.
+3. Units are claimed, read, written and committed as they are when they are encoded: any number of ranks, killed
+   anywhere. Each source file is compared with its sha256 before it is read.
+4. The new output is finalized, and is one like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from streamprep import canonical, exporting, job
+from streamprep.board import Board, BoardGone
+from streamprep.commit import Committer, give_way
+from streamprep.config import ConvertConfig, LatentSettings
+from streamprep.errors import UserError
+from streamprep.finalize import Totals, is_finalized
+from streamprep.job import Fingerprint, Job, JobPlan, Unit
+from streamprep.progress import count, size
+from streamprep.record import QuarantineFile, Record
+from streamprep.session import Session, begin_session, end
+from streamprep.storage import Store, check_writable, describe_staging, describe_traffic, open_store
+from streamprep.tensor_members import cast, same_bytes
+from streamprep.types import EncodedSample, WrittenFile
+
+_CHUNK_BYTES = 8 * 2**20
+_VARIANCE = "vae_logvar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """From what to what; checked."""
+
+    source: Job
+    records: Mapping[str, Record]
+    """Of the source, by unit."""
+    reader: Any
+    """The exporter that wrote the source."""
+    exporter: Any
+    options: Mapping[str, str]
+    leave_out: tuple[str, ...]
+    """Tensors that are not wanted any more."""
+    loses: str
+    """What becomes of the numbers, in words."""
+    plan: JobPlan
+    """Of the new output."""
+
+    @property
+    def units(self) -> list[Unit]:
+        """All there are to convert, those of retries among them."""
+        return [*self.source.plan.units, *(unit for one in self.source.rounds() for unit in one.units)]
+
+
+def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
+    """Convert an output, or finish what an earlier call began; one of any number of ranks.
+
+    Args:
+        config: What, where to, how.
+        board: Of all ranks; by default as the environment says.
+
+    Raises:
+        UserError: before anything is written.
+        UnitsSetAside: if all is done but what kills every process that tries it.
+    """
+    source, out = open_store(config.source), open_store(config.out, spool_dir=config.spool_dir)
+    if source.same_place(out):
+        raise UserError(f"{config.out} is the output itself: convert it into another folder")
+    conversion = prepare(config, _finished(source))
+    plan, units = conversion.plan, conversion.units
+    begun = job.find_job(out, plan.fingerprint)
+    left = begun.without_record(units) if begun else units
+    was_finalized = out.exists(job.SUCCESS)
+    if not begun:
+        _check_space(out, plan)
+    check_writable(out, only_writer=config.only_writer)
+    if left and was_finalized:
+        out.delete(job.SUCCESS, step="delete")
+    with begin_session(
+        out, board, verb="converting", unit="rows", log_dir=config.log_dir, stale_seconds=config.stale_seconds
+    ) as session:
+        session.progress.total = sum(record.num_rows for record in conversion.records.values())
+        for line in (*_describe(conversion, left), *(describe_staging(out) if left else ())):
+            session.progress.message(line)
+        session.checked()
+        with suppress(BoardGone):
+            if left and session.board.add("convert.begun", 1) == 1:
+                session.attempts.forget_the_dead()
+        current = begun or job.start_or_join(out, plan)
+        out.remove_unpublished()
+        _copy_what_is_of_no_unit(conversion, current)
+        if left:
+            _convert_units(conversion, current, session)
+        with Committer(current, open_writer=None, max_bad_fraction=None, board=session.board) as committer:
+            return end(current, session, committer, anew=not left)
+
+
+def prepare(config: ConvertConfig, source: Job) -> Conversion:
+    """See whether an output can be converted so, and derive the new plan.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    plan, records = source.plan, {record.unit: record for record in source.records()}
+    reader, exporter = exporting.open_exporter(plan.config["exporter"]), exporting.open_exporter(config.exporter)
+    if not hasattr(reader, "read_samples"):
+        raise UserError(
+            f"{source.store.url} was written by the exporter {plan.config['exporter']}, which cannot read its rows "
+            "back: it has no read_samples (see CONTRIBUTING.md, Adding an output format)"
+        )
+    asked = {field.name: getattr(config, field.name) for field in fields(LatentSettings)}
+    options = exporting.settle_options(exporter, config.exporter, asked)
+    dtype, dtypes = exporting.dtype_of(options), _dtypes(records.values())
+    contract, leave_out = _contract(config, plan.contract)
+    _check_posterior(config, exporter, contract)
+    exporting.check_able(exporter, config.exporter, workload=contract["workload"], posterior=_posterior(contract))
+    exporting.check_contract(exporter, config.exporter, contract)
+    _check_columns(config, exporter, plan)
+    loses = "; ".join(exporting.describe_loss(one, dtype) for one in dtypes)
+    if leave_out:
+        loses += f"; {', '.join(leave_out)} left out"
+    if any(one != dtype for one in dtypes):
+        contract = exporting.rounded(contract, dtype)
+    samples_per_file = config.samples_per_file or plan.config["samples_per_file"]
+    converted = {
+        f"{what}_sha256": canonical.bytes_digest(source.store.read(path))
+        for what, path in (("plan", job.PLAN), ("success", job.SUCCESS))
+    }
+    widths = exporting.DTYPE_BYTES
+    ratio = widths[dtype] / max((widths[one] for one in dtypes), default=widths[dtype])
+    return Conversion(
+        source=source,
+        records=records,
+        reader=reader,
+        exporter=exporter,
+        options=options,
+        leave_out=leave_out,
+        loses=loses,
+        plan=dataclasses.replace(
+            plan,
+            fingerprint=_fingerprint(plan.fingerprint, contract)
+            | {
+                "export": {
+                    "exporter": config.exporter,
+                    "samples_per_file": samples_per_file,
+                    "keep_columns": plan.config["keep_columns"],
+                    **exporting.choices_made(exporter, options),
+                },
+                "convert": converted,
+            },
+            config={
+                **plan.config,
+                **dict.fromkeys(asked),
+                "exporter": config.exporter,
+                "samples_per_file": samples_per_file,
+                "posterior": _posterior(contract),
+                **options,
+            },
+            contract=contract,
+            data_folder=exporter.FOLDER,
+            units=tuple(dataclasses.replace(unit, size_bytes=int(unit.size_bytes * ratio)) for unit in plan.units),
+            versions=job.installed_versions(),
+            converted={"from": source.store.url, "loses": loses, **converted},
+        ),
+    )
+
+
+def _finished(store: Store) -> Job:
+    source = job.open_job(store)
+    for one in source.rounds():
+        if source.without_record(one.units):
+            raise UserError(f"{store.url}: retry {one.name} is not finished: run `streamprep retry` again first")
+    if not is_finalized(source):
+        raise UserError(
+            f"{store.url} is not finished: `streamprep status` says how far it is; run the same "
+            f"`{source.plan.command}`, or `streamprep finalize`, first"
+        )
+    return source
+
+
+def _dtypes(records: Iterable[Record]) -> list[str]:
+    """Of all tensors there are."""
+    return sorted(
+        {
+            where.dtype
+            for record in records
+            for file in record.files
+            for row in file.rows
+            for where in row.tensors.values()
+        }
+    )
+
+
+def _contract(config: ConvertConfig, contract: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The new contract, and the tensors that are left out for it."""
+    if config.posterior is None or _posterior(contract) == config.posterior:
+        return dict(contract), ()
+    video = {**contract["video"], "posterior": config.posterior}
+    tensors = {name: what for name, what in contract["tensors"].items() if name != _VARIANCE}
+    return {**contract, "video": video, "tensors": tensors}, (_VARIANCE,)
+
+
+def _posterior(contract: Mapping[str, Any]) -> str:
+    return contract["video"]["posterior"] if contract["video"] else "mean"
+
+
+def _fingerprint(fingerprint: Fingerprint, contract: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    if not contract["video"]:
+        return dict(fingerprint)
+    return {**fingerprint, "video": {**fingerprint["video"], "posterior": _posterior(contract)}}
+
+
+def _check_posterior(config: ConvertConfig, exporter: Any, contract: Mapping[str, Any]) -> None:
+    posterior = _posterior(contract)
+    if posterior not in exporter.POSTERIORS and "mean" in exporter.POSTERIORS:
+        raise UserError(
+            f"{config.source} keeps mean and log variance ({posterior}), the exporter {config.exporter} holds only "
+            f"the mean: --posterior mean leaves {_VARIANCE} out"
+        )
+
+
+def _check_columns(config: ConvertConfig, exporter: Any, plan: JobPlan) -> None:
+    for name in plan.columns:
+        problem = exporter.column_problem(name, workload=plan.contract["workload"])
+        if problem is not None:
+            raise UserError(
+                f"the exporter {config.exporter} cannot hold the further column {name!r}: it {problem}; encode with "
+                "--keep-columns without it"
+            )
+
+
+def _check_space(out: Store, plan: JobPlan) -> None:
+    free = out.free_bytes()
+    if free is not None and plan.size_bytes > free:
+        raise UserError(f"{out.url} has {size(free)} free, the output needs more than {size(plan.size_bytes)}")
+
+
+def _describe(conversion: Conversion, left: Sequence[Unit]) -> Iterator[str]:
+    plan, units = conversion.plan, conversion.units
+    rows = sum(record.num_rows for record in conversion.records.values())
+    yield (
+        f"{count(len(units), 'unit')}, {len(units) - len(left)} done; {count(rows, 'row')} of "
+        f"{conversion.source.store.url}: {conversion.source.plan.config['exporter']} -> {plan.config['exporter']}"
+    )
+    yield conversion.loses
+
+
+def _copy_what_is_of_no_unit(conversion: Conversion, current: Job) -> None:
+    """Retries' plans, the embeddings of the empty and the negative prompt, what is for validation; before any unit."""
+    for one in conversion.source.rounds():
+        current.add_round(one)
+    for entry in conversion.source.store.list(job.FOLDER, prefix="uncond-"):
+        if not current.store.exists(entry.path):
+            data = conversion.source.store.read(entry.path)
+            current.store.put_if_absent(entry.path, data, step="uncond")
+    if current.lacks_validation():
+        _copy_validation(conversion.source.store, current.store)
+
+
+def _copy_validation(source: Store, out: Store) -> None:
+    """What is held out for validation: the images, then the JSON, which says that they are there."""
+    names = sorted(
+        (entry.path for entry in source.walk(job.VALIDATION_FOLDER)), key=lambda name: name == job.VALIDATION
+    )
+    for name in names:
+        out.put_if_absent(name, source.read(name), step="validation")
+
+
+def _convert_units(conversion: Conversion, current: Job, session: Session) -> None:
+    """Take units until all are settled, and convert and commit them."""
+    units, out = conversion.units, current.store
+    by_id = {unit.id: unit for unit in units}
+    left = set(current.not_done(by_id))
+    rows = {unit: record.num_rows for unit, record in conversion.records.items()}
+    claims = session.claims("convert", units, current, ahead=0)
+    with session.working(claims) as fleet:
+        fleet.begin(sum(rows[unit] for unit in by_id if unit not in left))
+        for unit in claims:
+            began = time.monotonic()
+            record = conversion.records[unit]
+            files = _convert_files(conversion, current, record, fleet.encoded)
+            ours = dataclasses.replace(
+                record,
+                files=tuple(files),
+                quarantine=_copy_quarantine(conversion.source.store, out, record.quarantine),
+                seconds={"unit": time.monotonic() - began},
+            )
+            if not current.commit(ours):
+                ours = give_way(current, ours)
+            claims.finished(unit)
+            fleet.committed(rows[unit], ours)
+            session.obey_others(current)
+        for line in describe_traffic(conversion.source.store, out):
+            session.progress.message(line)
+
+
+def _convert_files(
+    conversion: Conversion, current: Job, record: Record, wrote: Callable[[int], None]
+) -> list[WrittenFile]:
+    """Write a unit's rows, and publish them."""
+    if not record.num_rows:
+        return []
+    plan = conversion.plan
+    with conversion.exporter.open_shard(
+        current.store,
+        record.unit,
+        workload=plan.contract["workload"],
+        samples_per_file=plan.config["samples_per_file"],
+        contract=current.plan.contract,
+        options=conversion.options,
+        columns=plan.columns,
+    ) as writer:
+        for sample in _samples(conversion, record, scratch=current.store):
+            writer.write(sample)
+            wrote(1)
+        files: list[WrittenFile] = writer.close()
+    there, here = ([row.key for file in those for row in file.rows] for those in (record.files, files))
+    assert there == here, f"unit {record.unit}: {len(here)} rows were written of {len(there)}"
+    return files
+
+
+def _samples(conversion: Conversion, record: Record, *, scratch: Store) -> Iterator[EncodedSample]:
+    """A unit's rows as they were encoded: float32, and rows of one clip share what they have in common."""
+    found: EncodedSample | None = None
+    tensors: dict[str, Tensor] = {}
+    for sample in _stored_samples(conversion, record, scratch):
+        before, encoded = found, tensors
+        is_same_clip = before is not None and _clip_key(before) == _clip_key(sample)
+        found, tensors = sample, {}
+        for name, tensor in sample.tensors.items():
+            if name in conversion.leave_out:
+                continue
+            if before is not None and is_same_clip and _is_same(before.tensors.get(name), tensor):
+                tensors[name] = encoded[name]
+            else:
+                tensors[name] = cast(tensor, "float32")
+        yield dataclasses.replace(sample, tensors=tensors)
+
+
+def _stored_samples(conversion: Conversion, record: Record, scratch: Store) -> Iterator[EncodedSample]:
+    plan = conversion.source.plan
+    read = functools.partial(
+        conversion.reader.read_samples,
+        workload=plan.contract["workload"],
+        train_fps=plan.config["train_fps"],
+        columns=plan.columns,
+    )
+    for file in record.files:
+        with _whole(conversion.source.store, file, scratch) as (store, here):
+            yield from read(store, here)
+
+
+def _clip_key(sample: EncodedSample) -> str:
+    return sample.key.partition("@")[0]
+
+
+def _is_same(before: Tensor | None, tensor: Tensor) -> bool:
+    return before is not None and (before is tensor or same_bytes(before, tensor))
+
+
+@contextmanager
+def _whole(source: Store, file: WrittenFile, scratch: Store) -> Iterator[tuple[Store, WrittenFile]]:
+    """A file that is what its record says, on this machine: in the source itself, or copied to where nobody sees it.
+
+    Raises:
+        OSError: if it is not.
+    """
+    if source.local_path() is not None:
+        with source.open(file.name) as opened:
+            _check_digest(source, file, hashlib.file_digest(opened, "sha256").hexdigest())  # type: ignore[arg-type]
+        yield source, file
+        return
+    with scratch.new_file() as pending:
+        with source.open(file.name) as opened, open(pending.path, "wb") as copy:
+            shutil.copyfileobj(opened, copy, _CHUNK_BYTES)
+        _check_digest(source, file, canonical.file_digest(pending.path))
+        yield open_store(pending.path.parent), dataclasses.replace(file, name=pending.path.name)
+
+
+def _copy_quarantine(source: Store, out: Store, file: QuarantineFile | None) -> QuarantineFile | None:
+    if file is None:
+        return None
+    data = source.read(file.name)
+    _check_digest(source, file, canonical.bytes_digest(data))
+    out.put(file.name, data, step="quarantine")
+    return file
+
+
+def _check_digest(source: Store, file: WrittenFile | QuarantineFile, found: str) -> None:
+    if found != file.sha256:
+        raise OSError(
+            f"{source.url}/{file.name} is damaged: its sha256 is {found}, the record says {file.sha256}; `streamprep "
+            "verify` says what to do"
+        )
