@@ -18,6 +18,8 @@ MAY_DIFFER = {
     "variant",  # 2.1 and 2.2 A14B have the same VAE and text encoder: their digests decide
     "model",
     "revision",
+    "rounded.bfloat16",
+    "rounded.float16",
     "workload",
     "tensors",
     "video.dtype",

@@ -29,7 +29,10 @@ from streamprep.epochs import Epoch, Part, Pool
 from streamprep.errors import UserError
 from streamprep.row_index import RAW, TEXT, RowIndex
 from streamprep.storage import Store, open_store
+from streamprep.tensor_members import decode_bytes, decode_latents
 from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, Row, open_reader, read_rows
+
+__all__ = ["Batch", "EncodedDataset", "EpochSummary", "Source", "decode_latents"]
 
 STATE_FORMAT = "streamprep-reader/1"
 LATENT, LOGVAR = "vae_latent", "vae_logvar"
@@ -684,10 +687,7 @@ def _put_text(text: Tensor, target: Tensor) -> None:
 
 
 def _decoded(data: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> Tensor:
-    from streamprep import tensor_members  # type: ignore[attr-defined]
-
-    name = str(dtype).removeprefix("torch.")
-    return torch.as_tensor(tensor_members.decode_bytes(data, dtype=name, shape=shape, codec=codec))
+    return decode_bytes(data, dtype=str(dtype).removeprefix("torch."), shape=shape, codec=codec)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

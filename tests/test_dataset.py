@@ -198,7 +198,7 @@ def test_a_posterior_is_sampled_anew_each_epoch_and_the_same_again(moments: Path
                 drawn[key].append(latent)
     for key, samples in drawn.items():
         samples_N = torch.stack(samples)
-        mean, deviation = (torch.from_numpy(stored[key][name]) for name in ("vae_latent", "vae_logvar"))
+        mean, deviation = (stored[key][name] for name in ("vae_latent", "vae_logvar"))
         deviation = (deviation / 2).exp()
         assert not torch.equal(samples[0], samples[1])
         score = (samples_N.mean(0) - mean) / deviation * len(samples) ** 0.5
