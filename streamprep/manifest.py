@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ FORMAT = "streamprep-shards/1"
 MANIFEST = "manifest.json"
 PACK = "pack.json"
 _MOST_NAMES = 10**6
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _INDEXES_AT_ONCE = 16
 _INDEX_BYTES_AHEAD = 64 * 2**20
 _SAMPLE_BYTES = 1024  # in an index, roughly
@@ -106,6 +108,9 @@ def open_shards(url: str) -> Shards:
 
 
 def _expand(url: str, pattern: str) -> set[str]:
+    # braceexpand makes a list of each range
+    if any(abs(int(end) - int(start)) >= _MOST_NAMES for start, end in _RANGE.findall(pattern)):
+        raise UserError(f"{url} stands for more than {_MOST_NAMES} tars")
     try:
         names = list(itertools.islice(braceexpand(pattern), _MOST_NAMES + 1))
     except ValueError as error:
