@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a tiny diffusion transformer on latents that `streamprep encode` wrote; stop it anywhere, and go on.
 
     python examples/train_tiny_dit.py OUT --run-dir run --steps 200

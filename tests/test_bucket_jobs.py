@@ -490,10 +490,7 @@ def test_one_place_cannot_be_both_shards_and_output(
     [
         (("index", "s3://bucket/tars", "--to", "my_shards"), "both must be local folders"),
         (("pack", "https://127.0.0.1:9/dataset", "my_shards"), "a web server lists no files"),
-        (
-            ("run", "s3://bucket/raw", "s3://bucket/raw", "--model-path", "none", "--shards", "s3://bucket/raw/"),
-            "itself",
-        ),
+        (("pack", "s3://bucket/raw", "s3://bucket/raw/"), "itself"),
         (
             ("pack", "{dataset}", "s3://bucket/x", "--spool-dir", "s3://bucket/spool"),
             "--spool-dir must be a local folder",

@@ -29,6 +29,8 @@ NO_GPU = {"ray.sh": ("--nproc", "2", "--device", "cpu")}
 """Flags of those that count GPUs, for machines without."""
 BUCKETS = "bucket_to_bucket.sh"
 """The example that needs no dataset, but a store."""
+TRAINING = "train_tiny_dit.py"
+"""The one that `test_training_example.py` runs."""
 SMALL = ("--max-height", "64", "--max-width", "96", "--num-frames", "17", "--encode-threads", "1")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -70,7 +72,7 @@ def run_example(repo_root: Path, tmp_path: Path) -> Run:
 def test_every_example_can_be_executed_is_in_the_readme_and_is_run_here(repo_root: Path) -> None:
     readme = (repo_root / "README.md").read_text()
     paths = sorted((repo_root / "examples").iterdir())
-    assert {path.name for path in paths} == {*EXAMPLES, BUCKETS}
+    assert {path.name for path in paths} == {*EXAMPLES, BUCKETS, TRAINING}
     for path in paths:
         assert os.access(path, os.X_OK), path
         assert f"`examples/{path.name}`" in readme, path

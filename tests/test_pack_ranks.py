@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_ranks_share_the_shards_and_write_what_one_process_writes(
     ranks = [start_pack(run, rank) for rank in range(3)]
     assert [rank.wait() for rank in ranks] == [0, 0, 0], [rank.output for rank in ranks]
     assert_like(shards, packed)
-    assert "in 6 shards, 0 done; 3 ranks" in ranks[0].output
+    assert re.search("in 6 shards, [0-5] done; 3 ranks", ranks[0].output)  # another may have begun long before
     assert ranks[0].output.splitlines()[-1].startswith("6 videos, 6 shards, ")
     assert ranks[1].output == ranks[2].output == ""
 
