@@ -38,16 +38,15 @@ def open_cache(folder: str | None, gb: float) -> Cache | None:
         gb: Most to keep, in GB (10^9 bytes).
 
     Raises:
-        UserError: if nothing can be written there, or the disk has less.
+        UserError: if nothing can be written there, or the disk has less. Of a cache that is in use that is not asked: a
+            rank that is started again must not fail because the disk is fuller by now.
     """
     if folder is None:
         return None
     cache = Cache(folder, max_bytes=int(gb * 1e9))
-    free, kept = shutil.disk_usage(folder).free, cache.size_bytes()
-    if kept + free < cache.max_bytes:
-        raise UserError(
-            f"--cache-dir {folder} has {size(free)} free and {size(kept)} in the cache, --cache-gb is {gb:g}: lower it"
-        )
+    free = shutil.disk_usage(folder).free
+    if free < cache.max_bytes and not cache.size_bytes():
+        raise UserError(f"--cache-dir {folder} has {size(free)} free, --cache-gb is {gb:g}: lower it")
     return cache
 
 
@@ -115,9 +114,9 @@ class Cache:
             return
         if hashlib.sha256(data).hexdigest() != sha256:
             return  # a damaged shard: whoever decodes it says so
-        self._make_room(len(data))
         path = self._path(sha256)
         with suppress(OSError):
+            self._make_room(len(data))
             path.parent.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
                 try:

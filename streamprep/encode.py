@@ -79,6 +79,7 @@ def encode(config: EncodeConfig, board: Board | None = None) -> Totals:
     shards, out = open_shards(config.shards), open_store(config.out, spool_dir=config.spool_dir)
     if shards.store.same_place(out):
         raise UserError(f"{config.out} is the folder of the shards: encode into another one")
+    open_cache(config.cache_dir, config.cache_gb)  # one that cannot be is refused before a model is loaded
     config = settle(config, out)
     load_exporter(config)
     rules_of(config, describe_model(config))  # sizes that don't fit are refused before weights are downloaded

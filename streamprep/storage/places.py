@@ -139,6 +139,8 @@ def _connect_s3(place: Place, client_options: ClientConfig, retry_config: RetryC
     config: Any = {}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
+        if not endpoint.startswith(("http://", "https://")):
+            raise UserError(f"{place.url}: AWS_ENDPOINT_URL must begin with http:// or https://")
         config["endpoint"] = endpoint
     provider = None
     if not _has_own_credentials(os.environ):

@@ -154,3 +154,11 @@ def test_azure_without_an_account_says_what_to_set(point_at: PointAt) -> None:
     point_at({})
     with pytest.raises(UserError, match=r"az://container/x.*AZURE_STORAGE_ACCOUNT_NAME"):
         open_store("az://container/x").exists("a")
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "minio.example.com", "htp://minio"])
+def test_an_endpoint_without_its_scheme_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL must begin with http:// or https://"):
+        open_store("s3://bucket/place").exists("file")
