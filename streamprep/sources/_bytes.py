@@ -120,12 +120,16 @@ class OpenParquetRow:
         starts = [0, *itertools.accumulate(sizes)]
         group = max(0, min(bisect.bisect_right(starts, position) - 1, len(sizes) - 1))
         self._path, self._next = path, starts[group]
-        batches = table.iter_batches(1, row_groups=range(group, len(sizes)), columns=[self.column])
+        groups = range(group, len(sizes))
+        batches = table.iter_batches(1, row_groups=groups, columns=[self.column], use_threads=False)
         return (cell for batch in batches for cell in batch.column(0).to_pylist())
 
 
 def open_parquet(tree: Tree, name: str, *, version: str | None = None) -> Any:
-    """A Parquet file of which a part at a time is read, not whole row groups."""
+    """A Parquet file of which a part at a time is read, not whole row groups.
+
+    Read it with ``use_threads=False``: pyarrow's threads may hold Python's bytes when the process ends, and abort it.
+    """
     import pyarrow.parquet as pq
 
     folder = tree.local_path()

@@ -217,7 +217,7 @@ def _parquet(tree: Tree, name: str) -> Iterator[Row]:
     try:
         with open_parquet(tree, name) as table:
             holds_bytes = any(_holds_bytes(field.type) for field in table.schema_arrow)
-            for batch in table.iter_batches(batch_size=4 if holds_bytes else 1024):
+            for batch in table.iter_batches(batch_size=4 if holds_bytes else 1024, use_threads=False):
                 for row in batch.to_pylist():
                     yield f"{file}, row {number}", row
                     number += 1
