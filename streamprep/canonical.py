@@ -18,6 +18,14 @@ def to_pretty_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
 
 
+def from_json(data: bytes) -> dict[str, Any]:
+    """An object; `ValueError` if it is none."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
 def digest(value: Any) -> str:
     """Sha256 of the canonical JSON, in hex."""
     return hashlib.sha256(to_json(value)).hexdigest()

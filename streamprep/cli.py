@@ -103,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        full = error.errno == errno.ENOSPC and verb.resumable
-        room = f"with more room{_in_the_spool(config)}, the same command goes on from here"
-        return complain(f"{error}{f'; {room}' if full else ''}", FAILED)
+        full = error.errno == errno.ENOSPC and (verb.resumable or _in_the_spool(config))
+        then = "the same command goes on from here" if verb.resumable else "the same command will do"
+        return complain(f"{error}{f'; with more room{_in_the_spool(config)}, {then}' if full else ''}", FAILED)
 
 
 def _in_the_spool(config: object) -> str:

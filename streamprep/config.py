@@ -499,7 +499,8 @@ class VerifyConfig:
     out: Annotated[Positional[str], arg(metavar="OUT")]
     """Output of `streamprep encode`, or shards of `streamprep pack`."""
     spool_dir: str | None = None
-    """Where the command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
+    """Where a copy of one file of a bucket at a time may lie, by default where temporary files go; and where the
+    command that writes OUT was told to keep what is not on the Hugging Face hub yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

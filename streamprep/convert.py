@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,12 +30,21 @@ from streamprep.finalize import Totals, is_finalized
 from streamprep.job import Fingerprint, Job, JobPlan, Unit
 from streamprep.progress import count, size
 from streamprep.record import QuarantineFile, Record
+from streamprep.sealed import Damaged, check_unconditional, check_validation
 from streamprep.session import Session, begin_session, end
-from streamprep.storage import Store, check_writable, describe_staging, describe_traffic, open_store
+from streamprep.storage import (
+    NamedFile,
+    NotWhole,
+    Store,
+    check_writable,
+    describe_staging,
+    describe_traffic,
+    open_store,
+    whole_file,
+)
 from streamprep.tensor_members import cast, same_bytes
 from streamprep.types import EncodedSample, WrittenFile
 
-_CHUNK_BYTES = 8 * 2**20
 _VARIANCE = "vae_logvar"
 
 
@@ -262,21 +269,34 @@ def _copy_what_is_of_no_unit(conversion: Conversion, current: Job) -> None:
     """Retries' plans, the embeddings of the empty and the negative prompt, what is for validation; before any unit."""
     for one in conversion.source.rounds():
         current.add_round(one)
-    for entry in conversion.source.store.list(job.FOLDER, prefix="uncond-"):
-        if not current.store.exists(entry.path):
-            data = conversion.source.store.read(entry.path)
-            current.store.put_if_absent(entry.path, data, step="uncond")
+    source, path = conversion.source, conversion.source.plan.unconditional
+    if path is not None and source.store.exists(path) and not current.store.exists(path):
+        data = source.store.read(path)
+        with _naming(source.store, path):
+            check_unconditional(data, source.plan)
+        current.store.put_if_absent(path, data, step="uncond")
     if current.lacks_validation():
-        _copy_validation(conversion.source.store, current.store)
+        _copy_validation(source.store, current.store)
 
 
 def _copy_validation(source: Store, out: Store) -> None:
     """What is held out for validation: the images, then the JSON, which says that they are there."""
-    names = sorted(
-        (entry.path for entry in source.walk(job.VALIDATION_FOLDER)), key=lambda name: name == job.VALIDATION
-    )
-    for name in names:
-        out.put_if_absent(name, source.read(name), step="validation")
+    data = source.read(job.VALIDATION)
+    with _naming(source, job.VALIDATION):
+        images, _ = check_validation(data)
+    for image, sha256 in images.items():
+        file = NamedFile(f"{job.VALIDATION_FOLDER}/{image}", sha256)
+        with whole_file(source, file, scratch=out) as (store, name):
+            out.put_if_absent(file.name, store.read(name), step="validation")
+    out.put_if_absent(job.VALIDATION, data, step="validation")
+
+
+@contextmanager
+def _naming(store: Store, path: str) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        raise NotWhole(f"{store.url}/{path}", str(error)) from error
 
 
 def _convert_units(conversion: Conversion, current: Job, session: Session) -> None:
@@ -359,8 +379,8 @@ def _stored_samples(conversion: Conversion, record: Record, scratch: Store) -> I
         columns=plan.columns,
     )
     for file in record.files:
-        with _whole(conversion.source.store, file, scratch) as (store, here):
-            yield from read(store, here)
+        with whole_file(conversion.source.store, file, scratch=scratch) as (store, name):
+            yield from read(store, dataclasses.replace(file, name=name))
 
 
 def _clip_key(sample: EncodedSample) -> str:
@@ -371,37 +391,9 @@ def _is_same(before: Tensor | None, tensor: Tensor) -> bool:
     return before is not None and (before is tensor or same_bytes(before, tensor))
 
 
-@contextmanager
-def _whole(source: Store, file: WrittenFile, scratch: Store) -> Iterator[tuple[Store, WrittenFile]]:
-    """A file that is what its record says, on this machine: in the source itself, or copied to where nobody sees it.
-
-    Raises:
-        OSError: if it is not.
-    """
-    if source.local_path() is not None:
-        with source.open(file.name) as opened:
-            _check_digest(source, file, hashlib.file_digest(opened, "sha256").hexdigest())  # type: ignore[arg-type]
-        yield source, file
-        return
-    with scratch.new_file() as pending:
-        with source.open(file.name) as opened, open(pending.path, "wb") as copy:
-            shutil.copyfileobj(opened, copy, _CHUNK_BYTES)
-        _check_digest(source, file, canonical.file_digest(pending.path))
-        yield open_store(pending.path.parent), dataclasses.replace(file, name=pending.path.name)
-
-
 def _copy_quarantine(source: Store, out: Store, file: QuarantineFile | None) -> QuarantineFile | None:
     if file is None:
         return None
-    data = source.read(file.name)
-    _check_digest(source, file, canonical.bytes_digest(data))
-    out.put(file.name, data, step="quarantine")
+    with whole_file(source, file, scratch=out) as (store, name):
+        out.put(file.name, store.read(name), step="quarantine")
     return file
-
-
-def _check_digest(source: Store, file: WrittenFile | QuarantineFile, found: str) -> None:
-    if found != file.sha256:
-        raise OSError(
-            f"{source.url}/{file.name} is damaged: its sha256 is {found}, the record says {file.sha256}; `streamprep "
-            "verify` says what to do"
-        )

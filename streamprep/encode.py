@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import safetensors.torch
-
-from streamprep import canonical, job
+from streamprep import job
 from streamprep.batches import FrameBuffers, batches_of_texts, collate, encode_batches
 from streamprep.board import Board
 from streamprep.cache import describe_cache, open_cache
@@ -43,6 +41,7 @@ from streamprep.prepare import exporter_options, fingerprint, load_exporter, ope
 from streamprep.progress import Progress, count, size, too_large
 from streamprep.ranks import Rank, this_rank
 from streamprep.read import READ_AHEAD_BYTES
+from streamprep.sealed import seal_unconditional
 from streamprep.selfcheck import check_encoder
 from streamprep.session import Session, end, open_session
 from streamprep.settle import describe_model, options_of, settle
@@ -162,9 +161,14 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
         with _machinery(config, rules, encoder, needed=bool(to_encode)) as machinery:
             current = begun or job.start_or_join(out, plan)
             current.store.remove_unpublished()
-            write_held_out = functools.partial(_write_validation, current, shards, config, rules, filters, session)
+
+            def write_what_is_of_no_unit() -> None:
+                if machinery is None:
+                    _write_lost_unconditional(current, config, encoder, progress)
+                _write_validation(current, shards, config, rules, filters, session)
+
             if session.rank.number == 0:
-                write_held_out()
+                write_what_is_of_no_unit()
             with _committer(current, config, session, max_bad_fraction=config.max_bad_fraction) as committer:
                 if machinery is not None:
                     all_units = [unit for unit in plan.units if unit.num_clips]
@@ -172,7 +176,7 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
                 for unit in units:
                     if not unit.num_clips and not current.is_done(unit.id):
                         committer.commit(replan(shards.store, unit, rules, filters))
-                return end(current, session, committer, anew=not units, before=write_held_out)
+                return end(current, session, committer, anew=not units, before=write_what_is_of_no_unit)
 
 
 def _machinery(
@@ -287,12 +291,23 @@ def _write_validation(
 
 def _write_unconditional(current: Job, config: EncodeConfig, encoder: Encoder) -> None:
     """The embeddings of the empty and the negative prompt, which trainers need for guidance, before the first unit."""
-    name = f"{job.FOLDER}/uncond-{canonical.digest(current.plan.fingerprint['text'])[:8]}.safetensors"
-    if current.store.exists(name):
+    path = current.plan.unconditional
+    assert path is not None
+    if current.store.exists(path):
         return
     prompts = {"text_embedding": ""} | ({"negative_text_embedding": p} if (p := config.negative_prompt) else {})
     tensors = dict(zip(prompts, encoder.encode_text(list(prompts.values())), strict=True))
-    current.store.put_if_absent(name, safetensors.torch.save(tensors), step="uncond")
+    current.store.put_if_absent(path, seal_unconditional(tensors, current.plan), step="uncond")
+
+
+def _write_lost_unconditional(current: Job, config: EncodeConfig, encoder: Encoder, progress: Progress) -> None:
+    """They are there before any unit is; somebody has deleted them since, and all units may be done."""
+    if not current.lacks_unconditional():
+        return
+    progress.message(f"{current.plan.unconditional} is missing: it is written again")
+    encoder.load()
+    check_encoder(encoder)
+    _write_unconditional(current, config, encoder)
 
 
 def _open_decoder(config: EncodeConfig, rules: SamplingRules) -> Decoder:

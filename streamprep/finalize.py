@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +40,7 @@ def finalize(current: Job) -> Totals:
     """Finish a job all of whose units are committed.
 
     Raises:
-        UserError: if some are not, or its validation.json is not there.
+        UserError: if some are not, or what belongs to no unit is not there.
         TooManyBadSamples: if it was stopped for that.
     """
     stopped = current.stop_reason()
@@ -54,15 +52,16 @@ def finalize(current: Job) -> Totals:
             f"{current.store.url}: {count(len(unfinished), 'unit')} of {len(current.plan.units)} not encoded yet "
             f"(the first is {unfinished[0].id}): run the same `{current.plan.command}` again"
         )
-    if current.lacks_validation():
-        raise UserError(f"{current.store.url} lacks {job.VALIDATION}: run the same `{current.plan.command}` again")
+    if current.lacks_unconditional() or current.lacks_validation():
+        lost = current.plan.unconditional if current.lacks_unconditional() else job.VALIDATION
+        raise UserError(f"{current.store.url} lacks {lost}: run the same `{current.plan.command}` again")
     records = list(current.records())
     for path in leftovers(current, records):
         current.store.delete(path, step="delete")
     current.store.remove_unpublished()
-    current.store.put(job.INDEX, _index(records), step="index")
+    current.store.put(job.INDEX, _parquet(index_of(records)), step="index")
     result = _total(records)
-    current.store.put(job.SUCCESS, _success(records), step="success")
+    current.store.put(job.SUCCESS, success_of(records), step="success")
     current.store.publish_all(summary=job.SUCCESS, leave_out=job.NO_RESULT)
     return result
 
@@ -76,9 +75,9 @@ def has_true_success(current: Job) -> bool:
     """Whether ``SUCCESS.json`` is there, and says what it should."""
     if current.unfinished() or not current.store.exists(job.INDEX) or not current.store.exists(job.SUCCESS):
         return False
-    if current.lacks_validation():
+    if current.lacks_validation() or current.lacks_unconditional():
         return False
-    return current.store.read(job.SUCCESS) == _success(list(current.records()))
+    return current.store.read(job.SUCCESS) == success_of(list(current.records()))
 
 
 def totals(current: Job) -> Totals:
@@ -87,8 +86,8 @@ def totals(current: Job) -> Totals:
 
 
 def read_totals(store: Store) -> Totals:
-    """What ``SUCCESS.json`` says."""
-    value = json.loads(store.read(job.SUCCESS))
+    """What ``SUCCESS.json`` says; an error of `NOT_AS_WRITTEN` if it is something else."""
+    value = canonical.from_json(store.read(job.SUCCESS))
     for name in ("bad", "dropped"):
         value[name] = dict(Counter(value[name]).most_common())
     return Totals(**{field.name: value[field.name] for field in dataclasses.fields(Totals)})
@@ -118,7 +117,7 @@ def _total(records: Sequence[Record]) -> Totals:
     )
 
 
-def _success(records: Sequence[Record]) -> bytes:
+def success_of(records: Sequence[Record]) -> bytes:
     """``SUCCESS.json``, which follows from the records."""
     value = {
         "format": "streamprep-success/1",
@@ -133,32 +132,33 @@ def _success(records: Sequence[Record]) -> bytes:
     return canonical.to_pretty_json(value)
 
 
-def _index(records: Sequence[Record]) -> bytes:
+def index_of(records: Sequence[Record]) -> pa.Table:
     """``index.parquet``: for every row its key, file (and size), row group and bucket, and where its tensors lie."""
-    rows: list[dict[str, Any]] = []
-    written = [row for record in records for file in record.files for row in file.rows]
-    with_codec = any(tensor.codec != "raw" for row in written for tensor in row.tensors.values())
-    for record in records:
-        for file in record.files:
-            for row in file.rows:
-                entry: dict[str, Any] = {
-                    "key": row.key,
-                    "file": file.name,
-                    "file_size": file.size_bytes,
-                    "row_group": row.row_group,
-                    "bucket": row.bucket,
-                }
-                for name, tensor in row.tensors.items():
-                    entry |= {
-                        f"{name}_offset": tensor.offset,
-                        f"{name}_size": tensor.size,
-                        f"{name}_dtype": tensor.dtype,
-                        f"{name}_shape": list(tensor.shape),
-                    }
-                    if with_codec:
-                        entry[f"{name}_codec"] = tensor.codec
-                rows.append(entry)
+    written = [(file, row) for record in records for file in record.files for row in file.rows]
+    if not written:
+        return pa.table({"key": pa.array([], pa.string())})
+    columns: dict[str, pa.Array] = {
+        "key": pa.array([row.key for _, row in written]),
+        "file": pa.array([file.name for file, _ in written]),
+        "file_size": pa.array([file.size_bytes for file, _ in written]),
+        "row_group": pa.array([row.row_group for _, row in written]),
+        "bucket": pa.array([row.bucket for _, row in written]),
+    }
+    with_codec = any(tensor.codec != "raw" for _, row in written for tensor in row.tensors.values())
+    for name in dict.fromkeys(name for _, row in written for name in row.tensors):
+        tensors = [row.tensors.get(name) for _, row in written]  # one that a row lacks is null there
+        columns |= {
+            f"{name}_offset": pa.array([tensor and tensor.offset for tensor in tensors], pa.int64()),
+            f"{name}_size": pa.array([tensor and tensor.size for tensor in tensors], pa.int64()),
+            f"{name}_dtype": pa.array([tensor and tensor.dtype for tensor in tensors], pa.string()),
+            f"{name}_shape": pa.array([tensor and tensor.shape for tensor in tensors], pa.list_(pa.int64())),
+        }
+        if with_codec:
+            columns[f"{name}_codec"] = pa.array([tensor and tensor.codec for tensor in tensors], pa.string())
+    return pa.table(columns)
+
+
+def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    table = pa.Table.from_pylist(rows) if rows else pa.table({"key": pa.array([], pa.string())})
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

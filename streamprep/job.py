@@ -12,23 +12,25 @@ no record names does not exist. So a process may die anywhere: work is done at l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 import zstandard
 
 from streamprep import canonical
 from streamprep.ahead import fetch_ahead
-from streamprep.errors import UserError
+from streamprep.errors import UserError, first_line
 from streamprep.record import BadClip, QuarantineFile, Record
-from streamprep.storage import FileEntry, Store
+from streamprep.storage import FileEntry, Store, how_to_delete
 
 FOLDER = "_streamprep"
 PLAN = f"{FOLDER}/plan.json"
@@ -54,6 +56,11 @@ _RECORD_FILE = re.compile(rf"{RECORDS}/\d{{6}}(\.r\d+)?\.json")
 _READ_AT_ONCE = 16
 _READ_AHEAD_BYTES = 64 * 2**20
 _RETRY_FILE = re.compile(rf"{RETRIES}/r\d+\.json")
+
+NOT_AS_WRITTEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, zstandard.ZstdError)
+"""What reading something else as one of our files raises."""
+
+T = TypeVar("T")
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """Everything that decides the output's bytes, by part: model, video, text, image, sampling, export, inputs."""
@@ -123,6 +130,12 @@ class JobPlan:
         return "streamprep encode" if self.converted is None else "streamprep convert"
 
     @property
+    def unconditional(self) -> str | None:
+        """The file with the embeddings of the empty and the negative prompt, by all that decides them."""
+        text = self.fingerprint.get("text")
+        return None if text is None else f"{FOLDER}/uncond-{canonical.digest(text)[:8]}.safetensors"
+
+    @property
     def num_clips(self) -> int:
         """Of all units."""
         return sum(unit.num_clips for unit in self.units)
@@ -147,8 +160,8 @@ class JobPlan:
 
     @classmethod
     def from_json(cls, data: bytes) -> JobPlan:
-        """The reverse of `to_json`; `ValueError` if it is not one."""
-        value = json.loads(data)
+        """The reverse of `to_json`; an error of `NOT_AS_WRITTEN` if it is not one."""
+        value = canonical.from_json(data)
         if value.pop("format", None) != PLAN_FORMAT:
             raise ValueError(f"not a plan of format {PLAN_FORMAT}")
         units = tuple(Unit.from_json(unit) for unit in value.pop("units"))
@@ -175,12 +188,33 @@ class Round:
 
     @classmethod
     def from_json(cls, data: bytes) -> Round:
-        """The reverse of `to_json`; `ValueError` if it is not one."""
-        value = json.loads(data)
+        """The reverse of `to_json`; an error of `NOT_AS_WRITTEN` if it is not one."""
+        value = canonical.from_json(data)
         if value.get("format") != RETRY_FORMAT:
             raise ValueError(f"not a retry of format {RETRY_FORMAT}")
         units = tuple(Unit.from_json(unit) for unit in value["units"])
-        return cls(number=value["number"], reasons=tuple(value["reasons"]), units=units)
+        return cls(number=int(value["number"]), reasons=tuple(value["reasons"]), units=units)
+
+
+class DamagedFile(UserError):
+    """A file of a job is not what was written there.
+
+    Args:
+        url: Of the job.
+        path: Of the file.
+        what: Is wrong with it.
+        delete: The file whose absence makes it be made again: itself, or the record that names it.
+        command: That then makes it.
+    """
+
+    def __init__(self, url: str, path: str, what: str, delete: str, command: str) -> None:
+        super().__init__(
+            f"{url}/{path}: {what}; delete {how_to_delete(url, delete)}, then run the same `{command}` again"
+        )
+        self.url, self.path, self.what, self.delete, self.command = url, path, what, delete, command
+
+    def __reduce__(self) -> tuple[type[DamagedFile], tuple[str, str, str, str, str]]:
+        return type(self), (self.url, self.path, self.what, self.delete, self.command)
 
 
 class Job:
@@ -190,26 +224,36 @@ class Job:
         self.store, self.plan = store, plan
 
     def record(self, unit: str) -> Record | None:
-        """The record of a unit, None while there is none."""
+        """The record of a unit, None while there is none.
+
+        Raises:
+            DamagedFile: if it is not one.
+        """
+        path = record_path(unit)
         try:
-            return Record.from_json(self.store.read(f"{RECORDS}/{unit}.json"))
+            return self._read_record(path, self.store.read(path))
         except FileNotFoundError:
             return None
 
     def is_done(self, unit: str) -> bool:
         """Whether a unit has a record."""
-        return self.store.exists(f"{RECORDS}/{unit}.json")
+        return self.store.exists(record_path(unit))
 
     def not_done(self, units: Iterable[str]) -> list[str]:
         """Those of some units that have no record, in their order; one listing for all."""
         finished = {entry.path for entry in self.store.list(RECORDS)}
-        return [unit for unit in units if f"{RECORDS}/{unit}.json" not in finished]
+        return [unit for unit in units if record_path(unit) not in finished]
 
-    def records(self) -> Iterator[Record]:
-        """All records there are."""
+    def records(self, damaged: Callable[[DamagedFile], None] | None = None) -> Iterator[Record]:
+        """All records there are.
+
+        Args:
+            damaged: Is given those that are none; by default the first is raised.
+        """
         listed = self.store.list(RECORDS)
         entries = [entry for entry in listed if _RECORD_FILE.fullmatch(entry.path)]  # .nfs0000..., .DS_Store
-        yield from map(Record.from_json, _read_all(self.store, entries))
+        reads = [functools.partial(self._read_record, entry.path) for entry in entries]
+        yield from _those_that_are_whole(zip(reads, _read_all(self.store, entries), strict=True), damaged)
 
     def unfinished(self) -> list[Unit]:
         """The units of the plan without a record, in its order."""
@@ -221,21 +265,31 @@ class Job:
         left = set(self.not_done(unit.id for unit in units))
         return [unit for unit in units if unit.id in left]
 
-    def rounds(self) -> list[Round]:
-        """The retries there are, finished or not, the first one first."""
+    def rounds(self, damaged: Callable[[DamagedFile], None] | None = None) -> list[Round]:
+        """The retries there are, finished or not, the first one first.
+
+        Args:
+            damaged: Is given those that are none; by default the first is raised.
+        """
         paths = [entry.path for entry in self.store.list(RETRIES) if _RETRY_FILE.fullmatch(entry.path)]
-        return sorted((Round.from_json(self.store.read(path)) for path in paths), key=lambda one: one.number)
+        reads = ((functools.partial(self._read_round, path), self.store.read(path)) for path in paths)
+        return sorted(_those_that_are_whole(reads, damaged), key=lambda one: one.number)
 
     def add_round(self, wanted: Round) -> Round:
         """Create a retry; the one of that number that another process has created first, if one has."""
-        path = f"{RETRIES}/{wanted.name}.json"
+        path = round_path(wanted.name)
         if self.store.put_if_absent(path, wanted.to_json(), step="retry"):
             return wanted
-        return Round.from_json(self.store.read(path))
+        return self._read_round(path, self.store.read(path))
 
     def lacks_validation(self) -> bool:
         """Whether what is held out for validation is not written yet."""
         return self.plan.config.get("validation_split") is not None and not self.store.exists(VALIDATION)
+
+    def lacks_unconditional(self) -> bool:
+        """Whether the embeddings of the empty and the negative prompt are gone, which come before any unit's."""
+        path = self.plan.unconditional
+        return path is not None and any(unit.num_clips for unit in self.plan.units) and not self.store.exists(path)
 
     def bad_clips(self) -> dict[tuple[str, str], BadClip]:
         """What is bad now, by (unit of the plan, key): without what a retry has encoded, for the latest reason."""
@@ -251,7 +305,7 @@ class Job:
 
     def commit(self, record: Record) -> bool:
         """Create a unit's record; False if another process was first, whose record then counts."""
-        return self.store.put_if_absent(f"{RECORDS}/{record.unit}.json", record.to_json(), step="record")
+        return self.store.put_if_absent(record_path(record.unit), record.to_json(), step="record")
 
     def write_quarantine(self, unit: str, bad: Sequence[BadClip]) -> QuarantineFile | None:
         """Note a unit's bad samples; the record must name the file."""
@@ -265,18 +319,73 @@ class Job:
         return QuarantineFile(name=name, size_bytes=len(data), sha256=sha256)
 
     def read_quarantine(self, record: Record) -> list[BadClip]:
-        """The bad samples a record names."""
-        if record.quarantine is None:
+        """The bad samples a record names.
+
+        Raises:
+            DamagedFile: if the file is not the one that was written.
+        """
+        file = record.quarantine
+        if file is None:
             return []
-        lines = zstandard.ZstdDecompressor().decompress(self.store.read(record.quarantine.name)).splitlines()
-        return [BadClip(**json.loads(line)) for line in lines]
+
+        try:
+            data = self.store.read(file.name)
+            if (found := canonical.bytes_digest(data)) != file.sha256:
+                raise _OtherBytes(f"its sha256 is {found}, the record says {file.sha256}")
+            lines = zstandard.ZstdDecompressor().decompress(data).splitlines()
+            return [BadClip(**canonical.from_json(line)) for line in lines]
+        except (FileNotFoundError, *NOT_AS_WRITTEN) as error:
+            raise self._damaged(
+                file.name, _what(error), delete=record_path(record.unit), command=self.command_for(record.unit)
+            ) from error
 
     def stop_reason(self) -> Mapping[str, Any] | None:
-        """Why the job stopped itself, if it did."""
+        """Why the job stopped itself, if it did.
+
+        Raises:
+            DamagedFile: if it did, and what it wrote then is damaged.
+        """
         try:
-            return json.loads(self.store.read(STOP))  # type: ignore[no-any-return]
+            data = self.store.read(STOP)
         except FileNotFoundError:
             return None
+        try:
+            stop = canonical.from_json(data)
+            return {**stop, "message": str(stop["message"]), "max_bad_fraction": stop["max_bad_fraction"]}
+        except NOT_AS_WRITTEN as error:
+            raise self._damaged(STOP, _what(error)) from error
+
+    def command_for(self, unit: str) -> str:
+        """What makes a unit."""
+        return self.command_of_retries if "." in unit else self.plan.command
+
+    @property
+    def command_of_retries(self) -> str:
+        """What makes their plans and units."""
+        return "streamprep retry" if self.plan.converted is None else self.plan.command
+
+    def _read_record(self, path: str, data: bytes) -> Record:
+        unit = PurePosixPath(path).stem
+        try:
+            record = Record.from_json(data)
+            if record.unit != unit:
+                raise ValueError(f"it is the record of another unit, {record.unit!r:.50}")
+        except NOT_AS_WRITTEN as error:
+            raise self._damaged(path, _what(error), command=self.command_for(unit)) from error
+        return record
+
+    def _read_round(self, path: str, data: bytes) -> Round:
+        try:
+            found = Round.from_json(data)
+            if round_path(found.name) != path:
+                raise ValueError(f"it is another retry, {found.name}")
+        except NOT_AS_WRITTEN as error:
+            raise self._damaged(path, _what(error), command=self.command_of_retries) from error
+        return found
+
+    def _damaged(self, path: str, what: str, *, delete: str | None = None, command: str | None = None) -> DamagedFile:
+        """That a file is; what makes it again once it is deleted, or the record that names it."""
+        return DamagedFile(self.store.url, path, what, delete or path, command or self.plan.command)
 
 
 def open_job(store: Store) -> Job:
@@ -291,7 +400,7 @@ def open_job(store: Store) -> Job:
         raise UserError(f"{store.url} is not the output of `streamprep encode`: it has no {PLAN}") from None
     try:
         return Job(store, JobPlan.from_json(data))
-    except (ValueError, TypeError, KeyError) as error:
+    except NOT_AS_WRITTEN as error:
         raise UserError(f"{store.url}/{PLAN} cannot be read: {error}") from error
 
 
@@ -343,6 +452,16 @@ def check_same(store: Store, theirs: Fingerprint, ours: Fingerprint) -> None:
         )
 
 
+def record_path(unit: str) -> str:
+    """Where a unit's record is."""
+    return f"{RECORDS}/{unit}.json"
+
+
+def round_path(name: str) -> str:
+    """Where a retry's plan is."""
+    return f"{RETRIES}/{name}.json"
+
+
 def keys_digest(keys: Iterable[str]) -> str:
     """Stands for a set of keys, in whatever order they come."""
     return canonical.digest(sorted(keys))
@@ -358,6 +477,33 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+class _OtherBytes(ValueError):
+    """A file's bytes are not those of its digest."""
+
+
+def _those_that_are_whole(
+    reads: Iterable[tuple[Callable[[bytes], T], bytes]], damaged: Callable[[DamagedFile], None] | None
+) -> Iterator[T]:
+    for read, data in reads:
+        try:
+            found = read(data)
+        except DamagedFile as error:
+            if damaged is None:
+                raise
+            damaged(error)
+        else:
+            yield found
+
+
+def _what(error: Exception) -> str:
+    """Why a file is not what was written."""
+    if isinstance(error, _OtherBytes):
+        return str(error)
+    return (
+        f"cannot be read: it lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {first_line(error)}"
+    )
 
 
 def _read_all(store: Store, entries: Sequence[FileEntry]) -> Iterator[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,31 +96,31 @@ class Record:
 
     @classmethod
     def from_json(cls, data: bytes) -> Record:
-        """The reverse of `to_json`; `ValueError` if it is not one."""
-        value = json.loads(data)
+        """The reverse of `to_json`; `ValueError`, `KeyError`, `TypeError` or `AttributeError` if it is not one."""
+        value = canonical.from_json(data)
         if value.get("format") != FORMAT:
             raise ValueError(f"not a record of format {FORMAT}")
         return cls(
-            unit=value["unit"],
+            unit=_text(value["unit"]),
             files=tuple(
                 WrittenFile(
-                    name=file["name"],
-                    size_bytes=file["size_bytes"],
-                    sha256=file["sha256"],
+                    name=_text(file["name"]),
+                    size_bytes=_count(file["size_bytes"]),
+                    sha256=_text(file["sha256"]),
                     rows=tuple(_row_from_json(row) for row in file["rows"]),
                 )
                 for file in value["files"]
             ),
-            bad=value["bad"],
+            bad=_counts(value["bad"]),
             dropped=tuple(
-                Excluded(key=key, reason=reason, message=message, stage=stage)
+                Excluded(key=_text(key), reason=_text(reason), message=_text(message), stage=_text(stage))
                 for key, reason, message, stage in value["dropped"]
             ),
             quarantine=QuarantineFile(**value["quarantine"]) if value["quarantine"] else None,
-            seconds=value["seconds"],
-            retried=value["retried"],
-            decoders=value["decoders"],
-            halved=value["halved"],
+            seconds=dict(value["seconds"]),
+            retried=_counts(value["retried"]),
+            decoders=_counts(value["decoders"]),
+            halved=_counts(value["halved"]),
         )
 
 
@@ -145,12 +144,34 @@ def _location_to_json(location: TensorLocation) -> list[Any]:
 def _row_from_json(value: Sequence[Any]) -> WrittenRow:
     key, bucket, row_group, tensors = value
     return WrittenRow(
-        key=key,
-        bucket=bucket,
-        row_group=row_group,
+        key=_text(key),
+        bucket=_text(bucket),
+        row_group=_count(row_group),
         tensors={name: _location_from_json(*location) for name, location in tensors.items()},
     )
 
 
 def _location_from_json(offset: int, size: int, dtype: str, shape: Sequence[int], codec: str = "raw") -> TensorLocation:
-    return TensorLocation(offset=offset, size=size, dtype=dtype, shape=tuple(shape), codec=codec)
+    return TensorLocation(
+        offset=_count(offset),
+        size=_count(size),
+        dtype=_text(dtype),
+        shape=tuple(map(_count, shape)),
+        codec=_text(codec),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.100} stands where a text should")
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r:.100} stands where a number should")
+    return value
+
+
+def _counts(value: Mapping[str, Any]) -> dict[str, int]:
+    return {name: _count(number) for name, number in value.items()}

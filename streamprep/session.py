@@ -222,7 +222,7 @@ def end(
         tidy(current, session.attempts)
     try:
         return read_totals(current.store)
-    except FileNotFoundError:  # another rank has come since, which finalizes anew
+    except (FileNotFoundError, *job.NOT_AS_WRITTEN):  # rank 0, or one that has come since, finalizes anew
         return totals(current)
 
 

@@ -25,6 +25,7 @@ from streamprep.errors import BadSample
 from streamprep.filters import Filters
 from streamprep.manifest import Shards, load_indexes
 from streamprep.plan import ClipPlan, SamplingRules, TextPlan, UnitPlan, plan_unit
+from streamprep.sealed import seal_validation
 from streamprep.storage import Store
 from streamprep.stream import decode_units
 
@@ -62,7 +63,7 @@ def write_validation(
         "images": images,
         "left_out": bad,
     }
-    out.put(job.VALIDATION, canonical.to_pretty_json(value), step="validation")
+    out.put(job.VALIDATION, seal_validation(value), step="validation")
     return len(chosen), len(bad)
 
 

@@ -28,7 +28,7 @@ from streamprep.pack import pack as pack_dataset
 from streamprep.progress import by_reason, count, size
 from streamprep.ranks import this_rank
 from streamprep.session import check_worth_a_restart
-from streamprep.storage import open_store
+from streamprep.storage import open_spool, open_store
 
 if TYPE_CHECKING:
     from streamprep.finalize import Totals
@@ -161,7 +161,7 @@ def status(config: StatusConfig) -> int:
 
 def verify(config: VerifyConfig) -> int:
     """Check an output, or packed shards, and print what is wrong."""
-    from streamprep.verify import verify_job, verify_shards
+    from streamprep.verify import describe_remedies, verify_job, verify_shards
 
     store = open_store(config.out, spool_dir=config.spool_dir)
     is_shards = store.exists(MANIFEST) and not store.exists(PLAN)
@@ -169,21 +169,20 @@ def verify(config: VerifyConfig) -> int:
         verdict = verify_shards(store)
         what = f"{count(verdict.num_rows, 'video')} in {count(verdict.num_files, 'shard')}"
     else:
-        verdict = verify_job(open_job(store))
+        verdict = verify_job(open_job(store), spool=open_spool(config.spool_dir))
         what = f"{count(verdict.num_rows, 'row')} in {count(verdict.num_files, 'file')}"
     for problem in verdict.problems:
         print(f"WRONG {problem}")
     for unread in verdict.unread:
         print(f"UNREAD {unread}")
+    for uncompared in verdict.uncompared:
+        print(f"NOTE {uncompared}")
     not_read = f", {count(len(verdict.unread), 'file')} could not be read" if verdict.unread else ""
     print(f"{what}, {size(verdict.size_bytes)}: {count(len(verdict.problems), 'problem')}{not_read}")
     if verdict.gave_up:
         print("the rest was not looked at: this store does not give what is asked of it")
-    if verdict.problems and not is_shards:
-        print(
-            "to make a unit again, delete its record in _streamprep/records and run the same `encode`, `retry` or "
-            "`convert` again"
-        )
+    for line in describe_remedies(verdict, store):
+        print(line)
     return 1 if verdict.problems or verdict.unread else 0
 
 

@@ -191,6 +191,11 @@ def test_verify_finds_what_is_missing_or_damaged(i2v_job: Path) -> None:
         assert verify_job(open_job(open_store(i2v_job))).problems == [f"validation/images/{image.name}: missing"]
         (i2v_job / VALIDATION).unlink()
         assert verify_job(open_job(open_store(i2v_job))).problems == [f"{VALIDATION}: missing"]
+        image.write_bytes(data)
+        (i2v_job / VALIDATION).write_bytes(text.replace(b"Video  ", b"Movie  ", 1))  # it was taken for what was written
+        assert verify_job(open_job(open_store(i2v_job))).problems == [
+            f"{VALIDATION}: its bytes are not those that were written"
+        ]
     finally:
         image.write_bytes(data)
         (i2v_job / VALIDATION).write_bytes(text)
@@ -221,6 +226,38 @@ def test_convert_takes_it_along(i2v_job: Path, tmp_path: Path) -> None:
     for path in (i2v_job / "validation").rglob("*"):
         if path.is_file():
             assert (tmp_path / "new" / path.relative_to(i2v_job)).read_bytes() == path.read_bytes()
+
+
+def test_convert_takes_no_damage_along(i2v_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It copied whatever was there."""
+    for path in (sorted((i2v_job / "validation/images").iterdir())[0], i2v_job / VALIDATION):
+        data = path.read_bytes()
+        try:
+            path.write_bytes(data[:-10] + bytes(byte ^ 1 for byte in data[-10:-9]) + data[-9:])
+            assert cli.main(["convert", str(i2v_job), str(tmp_path / path.name), "--exporter", "webdataset"]) == 1
+        finally:
+            path.write_bytes(data)
+        assert f"{path} is damaged: " in capsys.readouterr().err
+        assert not (tmp_path / path.name / VALIDATION).exists()
+
+
+def test_what_verify_says_to_delete_mends_it(
+    i2v_job: Path,
+    dataset: Path,
+    tiny_models: Callable[[str], Path],
+    one_thread: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = sorted((i2v_job / "validation/images").iterdir())[0]
+    data, text = image.read_bytes(), (i2v_job / VALIDATION).read_bytes()
+    image.write_bytes(data + b"\0")
+    assert cli.main(["verify", str(i2v_job)]) == 1
+    *_, advice, first, second = capsys.readouterr().out.splitlines()
+    assert advice.startswith("to mend what is wrong, delete what follows, then run the same `streamprep encode` again")
+    for line in first, second:
+        Path(line.strip()).unlink()
+    assert encode(dataset, i2v_job, tiny_models("2.1-i2v"), "i2v", "--validation-split", "2") == 0
+    assert (image.read_bytes(), (i2v_job / VALIDATION).read_bytes()) == (data, text)
 
 
 @pytest.mark.parametrize("point", [f"{step}{when}" for step in VALIDATION_STEPS for when in ("", ".after", ":3")])

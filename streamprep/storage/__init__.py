@@ -8,6 +8,7 @@ Writing is all or nothing: a file that can be seen is whole and can be trusted.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,20 +17,27 @@ from streamprep.errors import UserError
 from streamprep.progress import count, size
 from streamprep.storage.interface import FileEntry, FileReplaced, PendingFile, Store, StoreError, StoreStats
 from streamprep.storage.local import LocalStore
+from streamprep.storage.spool import NamedFile, NotWhole, SpoolError, open_spool, whole_file
 
 __all__ = [
     "FileEntry",
     "FileReplaced",
     "LocalStore",
+    "NamedFile",
+    "NotWhole",
     "PendingFile",
+    "SpoolError",
     "Store",
     "StoreError",
     "StoreStats",
     "check_writable",
     "describe_staging",
     "describe_traffic",
+    "how_to_delete",
     "is_remote",
+    "open_spool",
     "open_store",
+    "whole_file",
 ]
 
 _SCHEMES = (
@@ -106,6 +114,23 @@ def describe_traffic(*stores: Store) -> Iterator[str]:
                 f"{url}: {count(total, 'request')} ({kinds}), {size(stats.bytes_read)} read, "
                 f"{size(stats.bytes_written)} written"
             )
+
+
+def how_to_delete(store_url: str, path: str) -> str:
+    """A file's full name, and for a bucket the tool by which a user deletes it."""
+    scheme, _, rest = store_url.partition("://")
+    url = f"{store_url}/{path}"
+    where, _, folder = rest.partition("/")
+    name = f"{folder}/{path}" if folder else path
+    if scheme == "s3":
+        return f"{url} (aws s3 rm {shlex.quote(url)})"
+    if scheme == "gs":
+        return f"{url} (gcloud storage rm {shlex.quote(url)})"
+    if scheme == "az":
+        return f"{url} (az storage blob delete --container-name {shlex.quote(where)} --name {shlex.quote(name)})"
+    if scheme == "hf":
+        return f"{url} (hf repos delete-files, or on the repository's page)"
+    return url
 
 
 def is_remote(url: str | None) -> bool:

@@ -11,8 +11,6 @@ A client starts threads, so it does not survive a fork: each process makes its o
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 import time
 import uuid
@@ -31,9 +29,10 @@ import obstore.exceptions
 from streamprep.crashpoints import crash_point
 from streamprep.errors import UserError, first_line
 from streamprep.storage.interface import FileEntry, FileReplaced, Store, StoreError, StoreStats, parts_of
-from streamprep.storage.local import LocalFile, LocalStore
+from streamprep.storage.local import LocalFile
 from streamprep.storage.places import Place, check_not_forked, connect, without_secrets
 from streamprep.storage.ranged import RangedFile
+from streamprep.storage.spool import open_spool
 from streamprep.storage.troubles import ERRORS, understand
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class ObjectStore:
     def __init__(self, place: Place, *, spool_dir: str | None = None) -> None:
         self.place = place
         self.stats = StoreStats()
-        self.spool = LocalStore(Path(spool_dir or tempfile.gettempdir()) / f"streamprep-spool-{os.getuid()}")
+        self.spool = open_spool(spool_dir)
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._readers: ThreadPoolExecutor | None = None
