@@ -25,12 +25,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 from streamprep import canonical
+from streamprep.errors import UserError, first_line
 from streamprep.progress import count
 from streamprep.ranks import TOKEN
-from streamprep.storage import FileEntry, Store
+from streamprep.storage import FileEntry, Store, how_to_delete
+
+T = TypeVar("T")
 
 How = Literal["stopped", "exception", "signal", "machine", "vanished"]
 """How an attempt ended: a signal asked to stop, an error, a crash, trouble of the machine, or without a word."""
@@ -111,9 +114,16 @@ class Attempt:
     @classmethod
     def from_json(cls, data: bytes) -> Attempt:
         """The reverse of `to_json`."""
-        value = json.loads(data)
+        value = canonical.from_json(data)
         ended = value.pop("ended")
         return cls(by=Worker(**value.pop("by")), ended=Ended(**ended) if ended else None, **value)
+
+
+def _all_from_json(data: bytes) -> list[Attempt]:
+    value = json.loads(data)
+    if not isinstance(value, list):
+        raise TypeError(f"it holds a {type(value).__name__}, not a list")
+    return [Attempt.from_json(canonical.to_json(one)) for one in value]
 
 
 class Attempts:
@@ -194,7 +204,7 @@ class Attempts:
             version, attempt = self._seen.get(entry.path, ("", None))
             if attempt is None or version != entry.version:
                 try:
-                    attempt = Attempt.from_json(self._store.read(entry.path))
+                    attempt = self._understood(entry.path, Attempt.from_json)
                 except FileNotFoundError:
                     continue  # withdrawn just now
                 self._seen[entry.path] = (entry.version, attempt)
@@ -211,7 +221,7 @@ class Attempts:
         for attempt in attempts:
             if attempt.ended is None and attempt.by.is_gone(seen_by=self.worker):
                 try:  # before it ended it may have said how, or withdrawn the mark
-                    attempt = Attempt.from_json(self._store.read(self.path(attempt)))
+                    attempt = self._understood(self.path(attempt), Attempt.from_json)
                 except FileNotFoundError:
                     continue
                 if attempt.ended is None:
@@ -237,10 +247,24 @@ class Attempts:
         found = {}
         for entry in self._store.list(self._failed):
             unit = PurePosixPath(entry.path).name.removesuffix(".json")
-            found[unit] = [
-                Attempt.from_json(canonical.to_json(one)) for one in json.loads(self._store.read(entry.path))
-            ]
+            found[unit] = self._understood(entry.path, _all_from_json)
         return found
+
+    def _understood(self, path: str, parse: Callable[[bytes], T]) -> T:
+        """A file's content.
+
+        Raises:
+            FileNotFoundError: if it is gone.
+            UserError: if it is something else than was written.
+        """
+        data = self._store.read(path)
+        try:
+            return parse(data)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{self._store.url}/{path}: cannot be read: {first_line(error)}; delete "
+                f"{how_to_delete(self._store.url, path)}, then run the same command again"
+            ) from error
 
     def failed_units(self) -> set[str]:
         """The units that are set aside."""

@@ -215,6 +215,17 @@ def test_a_retry_under_another_number_is_damaged(copied: Job) -> None:
         copied.rounds()
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[[]]", b"{}", b"null"])
+@pytest.mark.parametrize("path", ["attempts/000001-0123456789ab.json", "failed/000001.json"])
+def test_a_damaged_mark_is_named(path: str, content: bytes, copied: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"{job.FOLDER}/{path}"
+    copied.store.put(path, content, step="failed")
+    assert main(["status", copied.store.url]) == 2
+    said = capsys.readouterr().err
+    assert f"{copied.store.url}/{path}: cannot be read: " in said
+    assert said.endswith(f"; delete {copied.store.url}/{path}, then run the same command again\n")
+
+
 # The end of the job
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from huggingface_hub import HfApi
+from jobs import FLAGS
 from object_stores import Faulty, NewBucket
 from servers import Server
 from servers.faults import Answer
@@ -20,6 +23,7 @@ from streamprep.job import open_job
 from streamprep.storage import NamedFile, NotWhole, SpoolError, Store, open_spool, open_store, whole_file
 
 if TYPE_CHECKING:
+    from forks import Forks
     from jobs import EncodeJob
 
 pytest_plugins = ["jobs", "object_stores"]
@@ -148,3 +152,37 @@ def test_trouble_of_who_works_with_a_copy_keeps_its_name(out: Store, tmp_path: P
     with pytest.raises(OSError, match="mine") as raised, whole_file(out, file, scratch=open_spool(str(tmp_path))):
         raise OSError("mine")
     assert not isinstance(raised.value, SpoolError)
+
+
+@pytest.mark.slow
+def test_embeddings_lost_on_the_hub_are_written_and_published_again(
+    undisturbed: Callable[[Path], EncodeJob],
+    shards: Path,
+    model: Path,
+    forks: Forks,
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    tmp_path: Path,
+) -> None:
+    """And verify leaves nothing there that would have to be published."""
+    url, whole = new_bucket(fake_hf_server), undisturbed(shards)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+    environment |= {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "caches")}
+    current = whole.job
+    assert current.plan.unconditional is not None
+    HfApi().upload_folder(
+        repo_id=url.removeprefix("hf://datasets/"),
+        repo_type="dataset",
+        folder_path=whole.out,
+        path_in_repo="out",
+        ignore_patterns=[f"{folder}/*" for folder in job.NO_RESULT] + [current.plan.unconditional],
+    )
+    found = forks.run("verify", f"{url}/out", environment=environment)
+    assert found.code == 1 and f"WRONG {current.plan.unconditional}: missing" in found.output
+    assert not list(tmp_path.rglob("base.json"))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
+    command = ("encode", shards, f"{url}/out", "--model-path", model, "--serial", *flags)
+    assert (done := forks.run(*command, environment=environment)).code == 0, done.output
+    assert not list(tmp_path.rglob("base.json"))
+    found = forks.run("verify", f"{url}/out", environment=environment)
+    assert found.code == 0 and found.output.endswith(": 0 problems\n"), found.output
