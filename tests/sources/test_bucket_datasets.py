@@ -370,20 +370,15 @@ def test_a_large_video_is_kept_on_disk_without_a_name(
             file.fileno()
 
 
-def test_a_full_spool_says_where_it_is(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
-    try:
-        monkeypatch.setattr(_tree, "AHEAD_BYTES", 2**20)
-        open_store(bucket).put("a.mp4", bytes(20 * 2**20), step="data")
-        listing = list_dataset(bucket, "folder", spool_dir=str(disk))
-        with pytest.raises(OSError, match=rf"can be kept in the spool \(--spool-dir\).*{disk}"):
-            listing.open_video(listing.samples[0])
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_spool_says_where_it_is(
+    bucket: str, mount_small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = mount_small_disk(4)
+    monkeypatch.setattr(_tree, "AHEAD_BYTES", 2**20)
+    open_store(bucket).put("a.mp4", bytes(20 * 2**20), step="data")
+    listing = list_dataset(bucket, "folder", spool_dir=str(disk))
+    with pytest.raises(OSError, match=rf"can be kept in the spool \(--spool-dir\).*{disk}"):
+        listing.open_video(listing.samples[0])
 
 
 # --- trouble
