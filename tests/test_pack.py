@@ -25,7 +25,8 @@ from streamprep.config import PackConfig
 from streamprep.crashpoints import PACK_STEPS
 from streamprep.errors import UserError
 from streamprep.manifest import Manifest, load_index, load_manifest
-from streamprep.pack import cut_into_shards, pack, pack_shard
+from streamprep.pack import cut_into_shards, pack
+from streamprep.pack_shard import pack_shard
 from streamprep.shards import ShardSample
 from streamprep.sources import list_dataset
 from streamprep.sources._files import OpenFile
@@ -161,7 +162,7 @@ def test_a_caption_of_half_a_surrogate_pair_is_kept(make_dataset: Callable[..., 
 def test_the_size_of_the_copying_buffer_changes_nothing(
     dataset: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamprep.pack._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("streamprep.pack_shard._CHUNK_BYTES", 1000)
     pack_into(tmp_path / "shards", dataset)
     assert contents(tmp_path / "shards") == contents(packed)
 

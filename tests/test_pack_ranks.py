@@ -23,7 +23,8 @@ from streamprep.crashpoints import VARIABLE
 from streamprep.errors import UnitsSetAside, UserError
 from streamprep.index import index
 from streamprep.job import open_job
-from streamprep.pack import open_and_probe, pack
+from streamprep.pack import pack
+from streamprep.pack_shard import open_and_probe
 from streamprep.storage import open_store
 from streamprep.types import RawSample
 from streamprep.verify import verify_job, verify_shards
@@ -317,7 +318,7 @@ def test_a_shard_that_fails_in_every_rank_is_set_aside_and_tried_again_by_the_ne
 
     board = LocalBoard()  # of one run, in which ranks are started again
     with monkeypatch.context() as patch:
-        patch.setattr("streamprep.pack.open_and_probe", fails)
+        patch.setattr("streamprep.pack_shard.open_and_probe", fails)
         for _ in range(2):
             with pytest.raises(RuntimeError, match="a bug"):
                 pack(config(dataset, shards), board=board)
