@@ -123,9 +123,11 @@ def cut_into_shards(
 def describe(listing: Listing, *, num_shards: int, num_done: int) -> str:
     """What is to be done, in a line."""
     what = "video" if any(sample.has_video for sample in listing.samples) else "caption"
+    without = sum(not any(sample.captions) for sample in listing.samples)
     return (
         f"{count(len(listing.samples), what)} ({size(sum(sample.size_bytes for sample in listing.samples))}) "
         f"in {count(num_shards, 'shard')}, {num_done} done"
+        + (f"; {without} without a caption: `encode` will drop them" if without else "")
         + (f"; {count(len(listing.skipped), 'listed video')} skipped, see {SKIPPED}" if listing.skipped else "")
     )
 

@@ -414,3 +414,14 @@ def test_packing_goes_on_after_a_kill_of_all_its_processes_at_any_moment(
     pack_into(tmp_path, dataset)
     assert contents(tmp_path) == contents(packed)
     assert not (tmp_path / ".tmp").exists()
+
+
+def test_videos_without_captions_are_counted_before_they_are_packed(
+    tmp_path: Path, make_video: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        make_video(tmp_path / "dataset" / f"{name}.mp4")
+    (tmp_path / "dataset/a.txt").write_text("A video.")
+    (tmp_path / "dataset/b.txt").write_text(" ")
+    pack(PackConfig(dataset=str(tmp_path / "dataset"), shards=str(tmp_path / "shards"), num_workers=1))
+    assert "in 1 shard, 0 done; 2 without a caption: `encode` will drop them" in capsys.readouterr().err
