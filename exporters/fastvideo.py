@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from exporters._unit_files import UnitFiles
 from streamprep import canonical
 from streamprep.storage import PendingFile, Store
 from streamprep.tensor_members import decode_bytes
@@ -121,16 +122,14 @@ class FastVideoWriter:
     def __init__(
         self, store: Store, name: str, tensor_names: tuple[str, ...], file_schema: pa.Schema, *, samples_per_file: int
     ) -> None:
-        self._store, self._name, self._samples_per_file = store, name, samples_per_file
-        self._tensor_names, self._schema = tensor_names, file_schema
-        self._pending = ExitStack()
+        self._files = UnitFiles(store, folder=FOLDER, unit=name, extension="parquet")
+        self._tensor_names, self._schema, self._samples_per_file = tensor_names, file_schema, samples_per_file
         self._open: _OpenFile | None = None
-        self._finished: list[tuple[PendingFile, WrittenFile]] = []
 
     def write(self, sample: EncodedSample) -> None:
         """Add one row."""
         if self._open is None:
-            self._open = _OpenFile(self._pending.enter_context(self._store.new_file()), self._schema)
+            self._open = _OpenFile(self._files.new(), self._schema)
         self._open.write(sample, self._tensor_names)
         if len(self._open.samples) >= self._samples_per_file or self._open.size_bytes >= MAX_FILE_BYTES:
             self._finish_file()
@@ -139,27 +138,19 @@ class FastVideoWriter:
         """Publish the files."""
         if self._open is not None:
             self._finish_file()
-        for pending, written in self._finished:
-            pending.publish(written.name, step="data")
-        self._pending.close()
-        return [written for _, written in self._finished]
+        return self._files.publish()
 
     def __enter__(self) -> FastVideoWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._pending:
+        with self._files:
             if self._open is not None:
                 self._open.abandon()
 
     def _finish_file(self) -> None:
         assert self._open is not None
-        rows = self._open.finish(self._tensor_names)
-        path = self._open.file.path
-        sha256 = canonical.file_digest(path)
-        name = f"{FOLDER}/{self._name}-{len(self._finished):05d}-{sha256[:8]}.parquet"
-        written = WrittenFile(name=name, size_bytes=path.stat().st_size, sha256=sha256, rows=rows)
-        self._finished.append((self._open.file, written))
+        self._files.finish(self._open.file, self._open.finish(self._tensor_names))
         self._open = None
 
 

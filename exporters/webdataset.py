@@ -15,11 +15,12 @@ import itertools
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
+from exporters._unit_files import UnitFiles
 from streamprep import canonical, tensor_members
 from streamprep.errors import UserError
 from streamprep.keys import short_key
@@ -96,12 +97,10 @@ class LatentShardWriter:
         *,
         samples_per_file: int,
     ) -> None:
-        self._store, self._name, self._samples_per_file = store, name, samples_per_file
-        self._contract, self._options = canonical.to_json(contract), options
-        self._pending = ExitStack()
+        self._files = UnitFiles(store, folder=FOLDER, unit=name, extension="tar")
+        self._contract, self._options, self._samples_per_file = canonical.to_json(contract), options, samples_per_file
         self._open: _OpenFile | None = None
         self._clip: list[EncodedSample] = []
-        self._finished: list[tuple[PendingFile, WrittenFile]] = []
 
     def write(self, sample: EncodedSample) -> None:
         """Add one row.
@@ -117,16 +116,13 @@ class LatentShardWriter:
         """Publish the files."""
         self._write_clip()
         self._finish_file()
-        for pending, written in self._finished:
-            pending.publish(written.name, step="data")
-        self._pending.close()
-        return [written for _, written in self._finished]
+        return self._files.publish()
 
     def __enter__(self) -> LatentShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._pending:
+        with self._files:
             if self._open is not None:
                 self._open.abandon()
 
@@ -138,7 +134,7 @@ class LatentShardWriter:
         if self._open is not None and len(self._open.rows) + len(clip) > self._samples_per_file:
             self._finish_file()
         if self._open is None:
-            self._open = _OpenFile(self._pending.enter_context(self._store.new_file()), self._contract)
+            self._open = _OpenFile(self._files.new(), self._contract)
         self._open.write(clip, self._options)
         if len(self._open.rows) >= self._samples_per_file or self._open.tar.size_bytes >= MAX_FILE_BYTES:
             self._finish_file()
@@ -147,11 +143,7 @@ class LatentShardWriter:
         if self._open is None:
             return
         self._open.finish()
-        path = self._open.file.path
-        sha256 = canonical.file_digest(path)
-        name = f"{FOLDER}/{self._name}-{len(self._finished):05d}-{sha256[:8]}.tar"
-        written = WrittenFile(name=name, size_bytes=path.stat().st_size, sha256=sha256, rows=tuple(self._open.rows))
-        self._finished.append((self._open.file, written))
+        self._files.finish(self._open.file, self._open.rows)
         self._open = None
 
 

@@ -88,7 +88,7 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
         raise UserError(f"{config.out} is the output itself: convert it into another folder")
     conversion = prepare(config, _finished(source))
     plan, units = conversion.plan, conversion.units
-    begun = job.find_job(out, plan.fingerprint)
+    begun = job.find_job(out, plan.fingerprint, data_folder=plan.data_folder)
     left = begun.without_record(units) if begun else units
     was_finalized = out.exists(job.SUCCESS)
     if not begun:

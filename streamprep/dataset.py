@@ -3,8 +3,8 @@
 1. `row_index.py` reads where every tensor lies, once: columns of numbers, no objects.
 2. `epochs.py` makes the order of an epoch, batches of one bucket, from (seed, epoch, batch size) alone; ranks share
    them out, and within a rank the ``DataLoader``'s workers do.
-3. `tensor_reads.py` brings a batch's bytes into its memory.
-4. What is drawn anew each epoch happens here: dropped captions, a sample of the VAE's posterior.
+3. `tensor_reads.py` brings a batch's bytes into its memory; `training_batches.py` makes the batch, with what is drawn
+   anew each epoch: dropped captions, a sample of the VAE's posterior.
 
 A position is (epoch, batches consumed by all ranks), so training goes on anywhere: on other ranks, with other workers.
 """
@@ -27,19 +27,16 @@ from torch import Tensor
 from streamprep import canonical, contract_check, epochs, job, row_index
 from streamprep.epochs import Epoch, Part, Pool
 from streamprep.errors import UserError
-from streamprep.row_index import RAW, TEXT, RowIndex
+from streamprep.row_index import TEXT, RowIndex
 from streamprep.storage import Store, open_store
-from streamprep.tensor_members import decode_bytes, decode_latents
-from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, Row, open_reader, read_rows
+from streamprep.tensor_members import decode_latents
+from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, open_reader, read_rows
+from streamprep.training_batches import LOGVAR, Batch, BatchMaker
 
 __all__ = ["Batch", "EncodedDataset", "EpochSummary", "Source", "decode_latents"]
 
 STATE_FORMAT = "streamprep-reader/1"
-LATENT, LOGVAR = "vae_latent", "vae_logvar"
 _MAX_WORKERS = 1023
-_LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
-
-Batch = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,17 +154,24 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         self.rank, self.world_size = _rank(rank, world_size)
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         _check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
-        self._dtype, self._text_padding, self._caption_dropout = dtype, text_padding, caption_dropout
-        self._normalise, self._pin_memory = normalise, pin_memory and torch.cuda.is_available()
         self._max_ahead_bytes = max_ahead_bytes
         self._stores: list[Store] | None = [open_store(source.url) for source in self._sources]
         self._indexes = [row_index.load_row_index(store, tensors) for store in self._stores]
         self.contracts = _checked_contracts(self._indexes, contract)
         """Of each source."""
-        self._tensors = tuple(self._indexes[0].tensors)
-        self._sample = _samples(posterior, self._indexes)
-        self._stored_dtypes = _stored_dtypes(self._indexes, dtype)
-        self._empty_texts = [_empty_text(store) for store in self._stores] if caption_dropout else None
+        self._maker = BatchMaker(
+            indexes=self._indexes,
+            contracts=self.contracts,
+            tensors=tuple(self._indexes[0].tensors),
+            dtype=dtype,
+            stored_dtypes=_stored_dtypes(self._indexes, dtype),
+            text_padding=text_padding,
+            caption_dropout=caption_dropout,
+            empty_texts=[_empty_text(store) for store in self._stores] if caption_dropout else None,
+            sample=_samples(posterior, self._indexes),
+            normalise=normalise,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+        )
         self._pool = _pool(self._indexes, self._sources, captions)
         self._data_sha256 = _digest(self._indexes, self._sources, captions)
         self._latest: tuple[tuple[int, int], Epoch] | None = None
@@ -331,95 +335,12 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         located = ([self._locate(row) for row in batch] for batch in batches)
         read = read_rows(readers, located, max_bytes=self._max_ahead_bytes)
         for given, (number, (batch, rows)) in enumerate(zip(numbers, read, strict=True), start.given + 1):
-            made = self._make(batch, rows, start.epoch)
+            made = self._maker.make(batch, rows, seed=self.seed, epoch=start.epoch)
             made |= {"epoch": start.epoch, "number": number}
             consumed = number - self.rank + self.world_size
             made["state"] = self._state(start.epoch + 1, 0) if number == last else self._state(start.epoch, consumed)
             self._position = replace(start, given=given)
             yield made
-
-    def _make(self, located: Sequence[Located], rows: Iterator[Row], epoch: int) -> Batch:
-        keys = [self._indexes[source].keys_of(np.array([row]))[0] for source, row in located]
-        dropped = [self._is_dropped(key, epoch) for key in keys]
-        tensors = self._allocate(located, dropped)
-        for number, ((source, row), stored) in enumerate(zip(located, rows, strict=True)):
-            for name, tensor in tensors.items():
-                if name == TEXT and dropped[number]:
-                    assert self._empty_texts is not None
-                    _put_text(self._empty_texts[source], tensor[number])
-                else:
-                    _read_tensor(self._indexes[source], row, stored, name, tensor[number])
-        made: Batch = dict(tensors)
-        if LATENT in made:
-            made[LATENT] = self._finish_latent(made, located, keys, epoch)
-        if TEXT in made:
-            made["text_attention_mask"] = self._mask(made[TEXT], located, dropped)
-        if self._caption_dropout:
-            made["text_dropped"] = torch.tensor(dropped)
-        source, row = located[0]
-        index = self._indexes[source]
-        made |= {"keys": keys, "sources": [source for source, _ in located]}
-        made["bucket"] = index.buckets[index.bucket[row]]
-        return made
-
-    def _allocate(self, located: Sequence[Located], dropped: Sequence[bool]) -> dict[str, Tensor]:
-        """A batch's memory, not filled yet."""
-        tensors = {}
-        source, row = located[0]
-        for name in self._tensors:
-            shape = [int(size) for size in self._indexes[source].tensors[name].shape[row]]
-            if name == TEXT:
-                shape[0] = self._text_length(located, dropped)
-            dtype = self._dtype or self._stored_dtypes[name]
-            if name in (LATENT, LOGVAR) and (self._sample or self._normalise):
-                dtype = torch.float32
-            if name != LOGVAR or self._sample:
-                tensors[name] = _empty((len(located), *shape), dtype, pinned=self._pin_memory)
-        return tensors
-
-    def _finish_latent(self, made: Batch, located: Sequence[Located], keys: Sequence[str], epoch: int) -> Tensor:
-        latent: Tensor = made[LATENT]
-        if not self._sample and not self._normalise:
-            return latent
-        if self._sample:
-            deviation = made.pop(LOGVAR).clamp_(*_LOGVAR_RANGE).mul_(0.5).exp_()
-            for one, scale, key in zip(latent, deviation, keys, strict=True):
-                generator = torch.Generator().manual_seed(epochs.chance(self.seed, epoch, "posterior", key) % 2**63)
-                one.addcmul_(scale, torch.randn(one.shape, generator=generator))
-        if self._normalise:
-            for one, (source, _) in zip(latent, located, strict=True):
-                _normalise(one, self.contracts[source]["video"])
-        dtype = self._dtype or self._stored_dtypes[LATENT]
-        if dtype == latent.dtype:
-            return latent
-        return _empty(tuple(latent.shape), dtype, pinned=self._pin_memory).copy_(latent)
-
-    def _text_length(self, located: Sequence[Located], dropped: Sequence[bool]) -> int:
-        if self._text_padding == "max_length":
-            return self._max_text_length
-        return min(self._max_text_length, max(self._lengths(located, dropped)))
-
-    def _lengths(self, located: Sequence[Located], dropped: Sequence[bool]) -> list[int]:
-        lengths = []
-        for (source, row), without in zip(located, dropped, strict=True):
-            if without:
-                assert self._empty_texts is not None
-                lengths.append(len(self._empty_texts[source]))
-            else:
-                lengths.append(int(self._indexes[source].tensors[TEXT].shape[row, 0]))
-        return lengths
-
-    def _mask(self, text: Tensor, located: Sequence[Located], dropped: Sequence[bool]) -> Tensor:
-        lengths = torch.tensor(self._lengths(located, dropped))
-        return torch.arange(text.shape[1])[None, :] < lengths[:, None]
-
-    @property
-    def _max_text_length(self) -> int:
-        return int(self.contracts[0]["text"]["max_length"])
-
-    def _is_dropped(self, key: str, epoch: int) -> bool:
-        rate = self._caption_dropout
-        return rate > 0 and epochs.chance(self.seed, epoch, "caption", key) < rate * 2**64
 
     def _locate(self, row: int) -> Located:
         for number, part in enumerate(self._pool.parts):
@@ -650,52 +571,3 @@ def _digest(indexes: Sequence[RowIndex], sources: Sequence[Source], captions: st
     """Of what the order follows from, beside the seed, the epoch and the batch size; not of where the data lie."""
     parts = [[index.sha256, source.repeats, source.weight] for index, source in zip(indexes, sources, strict=True)]
     return canonical.digest([parts, captions])
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """Memory for a tensor; in a worker of a loader the kind that it hands over without a copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    size = dtype.itemsize * int(np.prod(shape))
-    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
-
-
-def _read_tensor(index: RowIndex, row: int, stored: Row, name: str, target: Tensor) -> None:
-    """Read one row's tensor; of a text what fits, and zeros after it."""
-    columns = index.tensors[name]
-    shape = tuple(int(size) for size in columns.shape[row])
-    dtype: torch.dtype = getattr(torch, columns.dtypes[columns.dtype[row]])
-    codec = columns.codecs[columns.codec[row]]
-    if codec != RAW:
-        _put_text(_decoded(stored.read(name), dtype, shape, codec), target)
-        return
-    length = min(shape[0], target.shape[0])
-    if dtype == target.dtype:
-        stored.read_into(name, _bytes_of(target[:length]))
-    else:
-        whole = torch.empty((length, *shape[1:]), dtype=dtype)
-        stored.read_into(name, _bytes_of(whole))
-        target[:length] = whole
-    target[length:] = 0
-
-
-def _put_text(text: Tensor, target: Tensor) -> None:
-    length = min(text.shape[0], target.shape[0])
-    target[:length] = text[:length]
-    target[length:] = 0
-
-
-def _decoded(data: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> Tensor:
-    return decode_bytes(data, dtype=str(dtype).removeprefix("torch."), shape=shape, codec=codec)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _normalise(latent: Tensor, video: Mapping[str, Any]) -> None:
-    if video["space"] != "raw":
-        return
-    mean, std = (torch.tensor(video[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
-    latent.sub_(mean).div_(std)

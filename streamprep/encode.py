@@ -138,7 +138,8 @@ def run(config: EncodeConfig, shards: Shards, out: Store, encoder: Encoder, boar
         UnitsSetAside: if all is done but what kills every process that tries it.
     """
     rules = rules_of(config, encoder.contract)
-    begun = job.find_job(out, fingerprint(config, encoder.contract, shards.manifest))
+    wanted = fingerprint(config, encoder.contract, shards.manifest)
+    begun = job.find_job(out, wanted, data_folder=load_exporter(config).FOLDER)
     filters = open_filters(shards, rules)
     plan = begun.plan if begun else plan_job(config, shards, out, encoder.contract, filters)
     was_finalized = out.exists(job.SUCCESS)  # looked at first, lest another rank's that is true be deleted

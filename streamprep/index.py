@@ -16,7 +16,8 @@ from contextlib import closing
 from streamprep.config import IndexConfig
 from streamprep.errors import UserError
 from streamprep.manifest import MANIFEST, PACK, Manifest, ShardInfo
-from streamprep.pack import SKIPPED, describe, read_videos, record_listing, shard_info
+from streamprep.pack import SKIPPED, describe, record_listing
+from streamprep.pack_shard import read_videos, shard_info
 from streamprep.processes import in_processes
 from streamprep.progress import Progress
 from streamprep.ranks import this_rank

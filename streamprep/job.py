@@ -404,19 +404,36 @@ def open_job(store: Store) -> Job:
         raise UserError(f"{store.url}/{PLAN} cannot be read: {error}") from error
 
 
-def find_job(store: Store, fingerprint: Fingerprint) -> Job | None:
+def find_job(store: Store, fingerprint: Fingerprint, *, data_folder: str) -> Job | None:
     """The job of an output folder, None if there is none yet.
 
+    Args:
+        store: The output.
+        fingerprint: Of the job that is wanted.
+        data_folder: Where its data will be.
+
     Raises:
-        UserError: naming every setting that differs, if the job there is another; or if its plan is lost.
+        UserError: naming every setting that differs, if the job there is another; if its plan is lost; or if somebody
+            else's files are where trainers will look for the data, of whatever name.
     """
     if not store.exists(PLAN):
         if next(store.list(RECORDS), None) is not None:
             raise UserError(f"{store.url} has records of a job whose {PLAN} is lost: use a new output folder")
-        return None
+        theirs = next((entry.path for entry in store.walk(data_folder) if not _is_hidden(entry.path)), None)
+        if not store.exists(PLAN):  # else another rank has begun just now, and the file may be its
+            if theirs is not None:
+                raise UserError(
+                    f"{store.url} has a file {theirs} but no {PLAN}, so it is not of this job, and trainers would read "
+                    "it: use a new output folder"
+                )
+            return None
     job = open_job(store)
     check_same(store, job.plan.fingerprint, fingerprint)
     return job
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))  # .nfs0000..., .DS_Store
 
 
 def start_or_join(store: Store, plan: JobPlan) -> Job:
@@ -427,7 +444,7 @@ def start_or_join(store: Store, plan: JobPlan) -> Job:
     """
     if store.put_if_absent(PLAN, plan.to_json(), step="plan"):
         return Job(store, plan)
-    job = find_job(store, plan.fingerprint)
+    job = find_job(store, plan.fingerprint, data_folder=plan.data_folder)
     assert job is not None
     return job
 

@@ -88,11 +88,10 @@ class EncodeJob:
         """As the commands see it."""
         return open_job(open_store(self.out))
 
-    def leave_an_orphan(self) -> None:
-        """Put a file there that a killed process might have left: `finalize` deletes it."""
-        orphan = self.out / "combined_parquet_dataset/000000-00000-0123abcd.parquet"
-        orphan.parent.mkdir(parents=True)
-        orphan.write_bytes(b"half of something")
+    def begin_with_an_orphan(self, **flags: object) -> None:
+        """A command is killed when the plan is there, and another one may have left this: `finalize` deletes it."""
+        assert self.run(serial=True, crash_at="plan.after", **flags).code == 137
+        leave_an_orphan(self.out, self.job.plan.data_folder)
 
     def num_records(self) -> int:
         """Units that are committed."""
@@ -124,6 +123,12 @@ def without_what_differs(digests: Mapping[str, str], of: Job) -> dict[str, str]:
         del value["seconds"]
         result[f"_streamprep/records/{record.unit}.json"] = json.dumps(value)
     return result
+
+
+def leave_an_orphan(out: Path, data_folder: str) -> None:
+    """Put a file into an output that a killed process might have left."""
+    (out / data_folder).mkdir(parents=True)
+    (out / data_folder / "000000-00000-0123abcd.parquet").write_bytes(b"half of something")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 
 from streamprep.contract import ImageContract, LatentContract, TextContract, VideoContract
 from streamprep.encoders import EncodeOptions
+from streamprep.plan import SamplingRules
 
 
 def make_options(**changes: Any) -> EncodeOptions:
@@ -25,6 +26,20 @@ def make_options(**changes: Any) -> EncodeOptions:
         "digest": "ends",
     }
     return EncodeOptions(**defaults | changes)
+
+
+def make_rules(**changes: Any) -> SamplingRules:
+    """Clips of 17 frames of 64x96 at 16 a second, but for ``changes``."""
+    defaults: dict[str, Any] = {
+        "max_height": 64,
+        "max_width": 96,
+        "num_frames": 17,
+        "train_fps": 16.0,
+        "video_length_tolerance_range": None,
+        "speed_factor": 1.0,
+        "max_pixels": 10**8,
+    }
+    return SamplingRules(**defaults | changes)
 
 
 def make_contract(*, with_video: bool = True, with_image: bool = False, **changes: Any) -> LatentContract:

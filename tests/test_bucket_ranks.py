@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -40,6 +41,8 @@ pytest_plugins = ["jobs", "runs", "object_stores"]
 
 STORE_FAILED = ("it did not answer as it should", "other writers kept it busy")
 """What a rank may leave with, whose requests failed once too often."""
+TOTALS = re.compile(r"(?m)^\d+ (video|row)s?, .* in \S+://")
+"""What the first rank says last."""
 LARGE_BYTES = 17 * 2**20
 NOT_THE_START_OF_AN_UPLOAD = r"^(?!POST \S*[?&]uploads)"
 """If the reply to that is lost, nobody knows the upload's number, so nobody can abort it: lifecycle rules can."""
@@ -216,8 +219,9 @@ class Ranks:
         self.wake_up()
         for rank in self.all:
             code = rank.wait()
-            # SIGTERM itself ends one that has not set its handlers yet, or has taken them down.
-            killed = code in (-signal.SIGKILL, -signal.SIGTERM)
+            # SIGTERM itself ends one that has not set its handlers yet, or has taken them down, behind its totals.
+            without_handlers = not rank.output or TOTALS.search(rank.output)
+            killed = code == -signal.SIGKILL or (code == -signal.SIGTERM and without_handlers)
             assert code in (0, 4) or killed or failed_loudly(rank), f"{code}: {rank.output}"
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from making import make_rules
 from test_job import make_bad, make_batch, make_committer, make_job
-from test_plan import make_index, make_rules, make_sample
+from test_plan import make_index, make_sample
 
 from streamprep import plugins
 from streamprep.cli import main, parse
@@ -27,7 +28,7 @@ from streamprep.decode import decode_clip
 from streamprep.errors import TooManyBadSamples, UserError
 from streamprep.filters import Filters, FrameFilter, SampleFilter, SurveyFilter
 from streamprep.manifest import open_shards
-from streamprep.plan import Excluded, SamplingRules, explain, is_drop, plan_unit
+from streamprep.plan import Excluded, explain, is_drop, plan_unit
 from streamprep.prepare import open_filters
 from streamprep.shards import ShardSample
 from streamprep.stream import ClipStream
@@ -796,17 +797,7 @@ def test_captions_alone_can_be_filtered(filter_job: FilterJob) -> None:
 
 
 def test_a_stream_of_clips_is_filtered_too(filtered_shards: Path) -> None:
-    rules = SamplingRules(
-        max_height=32,
-        max_width=48,
-        num_frames=5,
-        train_fps=1.0,
-        video_length_tolerance_range=None,
-        speed_factor=1.0,
-        max_pixels=10**8,
-        drop_short_ratio=0.0,
-        filters=ALL,
-    )
+    rules = make_rules(max_height=32, max_width=48, num_frames=5, train_fps=1.0, drop_short_ratio=0.0, filters=ALL)
     assert open_filters(open_shards(str(filtered_shards)), rules).frame_filters == ["black", "static"]
     stream = ClipStream(str(filtered_shards), rules)
     assert [clip.key for clip in stream] == ["a0", "b0", "b1"]

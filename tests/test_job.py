@@ -696,3 +696,24 @@ def test_what_verify_cannot_read_is_not_called_wrong(
     assert output.count("UNREAD ") == 5
     assert "Input/output error" in output
     assert "0 problems, 5 files could not be read\nthe rest was not looked at" in output
+
+
+@pytest.mark.parametrize("name", ["mine.parquet", "worker_0/data_chunk_0.parquet", "000000-00000-deadbeef.parquet"])
+def test_a_folder_with_somebody_elses_data_is_refused_and_left_as_it_is(
+    name: str, new_job: NewJob, shards: Path
+) -> None:
+    encoded = new_job()
+    theirs = encoded.out / "combined_parquet_dataset" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    refused = encoded.run(serial=True)
+    assert refused.code == 2
+    assert f"has a file combined_parquet_dataset/{name} but no _streamprep/plan.json" in refused.output
+    assert [path for path in encoded.out.rglob("*") if path.is_file()] == [theirs]
+
+
+def test_a_hidden_file_among_the_data_is_nobodys(new_job: NewJob) -> None:
+    encoded = new_job()
+    (encoded.out / "combined_parquet_dataset").mkdir(parents=True)
+    (encoded.out / "combined_parquet_dataset/.DS_Store").touch()
+    assert encoded.run(serial=True).code == 0

@@ -25,7 +25,8 @@ from streamprep.config import PackConfig
 from streamprep.crashpoints import PACK_STEPS
 from streamprep.errors import UserError
 from streamprep.manifest import Manifest, load_index, load_manifest
-from streamprep.pack import cut_into_shards, pack, pack_shard
+from streamprep.pack import cut_into_shards, pack
+from streamprep.pack_shard import pack_shard
 from streamprep.shards import ShardSample
 from streamprep.sources import list_dataset
 from streamprep.sources._files import OpenFile
@@ -161,7 +162,7 @@ def test_a_caption_of_half_a_surrogate_pair_is_kept(make_dataset: Callable[..., 
 def test_the_size_of_the_copying_buffer_changes_nothing(
     dataset: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamprep.pack._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("streamprep.pack_shard._CHUNK_BYTES", 1000)
     pack_into(tmp_path / "shards", dataset)
     assert contents(tmp_path / "shards") == contents(packed)
 
@@ -413,3 +414,14 @@ def test_packing_goes_on_after_a_kill_of_all_its_processes_at_any_moment(
     pack_into(tmp_path, dataset)
     assert contents(tmp_path) == contents(packed)
     assert not (tmp_path / ".tmp").exists()
+
+
+def test_videos_without_captions_are_counted_before_they_are_packed(
+    tmp_path: Path, make_video: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        make_video(tmp_path / "dataset" / f"{name}.mp4")
+    (tmp_path / "dataset/a.txt").write_text("A video.")
+    (tmp_path / "dataset/b.txt").write_text(" ")
+    pack(PackConfig(dataset=str(tmp_path / "dataset"), shards=str(tmp_path / "shards"), num_workers=1))
+    assert "in 1 shard, 0 done; 2 without a caption: `encode` will drop them" in capsys.readouterr().err

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making import make_contract
+from making import make_contract, make_rules
 
 from streamprep import canonical, forecast
 from streamprep.buckets import Bucket, parse_buckets
 from streamprep.config import PlanConfig
 from streamprep.errors import BAD_REASONS, UserError
 from streamprep.manifest import Manifest, ShardInfo, open_shards
-from streamprep.plan import DROP_REASONS, Excluded, RowPlan, SamplingRules, UnitPlan, plan_clips, plan_unit
+from streamprep.plan import DROP_REASONS, Excluded, RowPlan, UnitPlan, plan_clips, plan_unit
 from streamprep.sampling import WINDOWS, resample, uniform
 from streamprep.shards import Member, ShardIndex, ShardSample
 from streamprep.sources._files import IMAGE_EXTENSIONS
@@ -32,19 +32,6 @@ RATES = st.one_of(
 
 
 PROBED = {"variable_frame_rate": False, "start_seconds": 0.0, "duration_seconds": 2.0}
-
-
-def make_rules(**changes: Any) -> SamplingRules:
-    defaults: dict[str, Any] = {
-        "max_height": 64,
-        "max_width": 96,
-        "num_frames": 17,
-        "train_fps": 16.0,
-        "video_length_tolerance_range": None,
-        "speed_factor": 1.0,
-        "max_pixels": 10**8,
-    }
-    return SamplingRules(**defaults | changes)
 
 
 def make_sample(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from making import make_rules
 from object_stores import Faulty, NewBucket
 from servers import Server
 from servers.fault_proxy import FaultProxy
@@ -29,15 +30,7 @@ from streamprep.types import DecodeRequest
 
 pytest_plugins = ["object_stores"]
 
-RULES = SamplingRules(
-    max_height=32,
-    max_width=48,
-    num_frames=5,
-    train_fps=16.0,
-    video_length_tolerance_range=None,
-    speed_factor=1.0,
-    max_pixels=10**8,
-)
+RULES = make_rules(max_height=32, max_width=48, num_frames=5)
 NUM_VIDEOS = 24
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from making import make_rules
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,20 +21,12 @@ from streamprep.decoder import InlineDecoder
 from streamprep.errors import BadSample
 from streamprep.manifest import load_index, load_manifest, open_shards
 from streamprep.pack import pack
-from streamprep.plan import SamplingRules, UnitPlan, plan_unit
+from streamprep.plan import UnitPlan, plan_unit
 from streamprep.storage import open_store
 from streamprep.stream import ClipStream, decode_units
 from streamprep.types import Clip
 
-RULES = SamplingRules(
-    max_height=32,
-    max_width=48,
-    num_frames=5,
-    train_fps=16.0,
-    video_length_tolerance_range=None,
-    speed_factor=1.0,
-    max_pixels=10**8,
-)
+RULES = make_rules(max_height=32, max_width=48, num_frames=5)
 GOOD = [f"good{number}" for number in range(7)]
 HALF_A_SHARD = 400_000
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from making import make_rules
 from PIL import Image
 from reference import Geometry, read_frames, read_rows
-from test_plan import make_index, make_rules, make_sample
+from test_plan import make_index, make_sample
 
 from streamprep import cli
 from streamprep.config import EncodeConfig

@@ -211,7 +211,10 @@ class ObjectStore:
         """Write a whole object, replacing what was there."""
         self._key(path)
         crash_point(step)
-        self._upload(path, data)
+        with suppress(
+            FileNotFoundError
+        ):  # it is written, and another process has removed it since, as it may with marks
+            self._upload(path, data)
         crash_point(f"{step}.after")
 
     def put_if_absent(self, path: str, data: bytes, *, step: str) -> bool:

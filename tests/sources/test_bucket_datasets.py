@@ -26,11 +26,12 @@ from servers.fault_proxy import FaultProxy
 from servers.faults import Answer, CutReply, Reset, StallReply
 from servers.s3_buckets import s3_client
 
-from streamprep import pack as packing
+from streamprep import pack_shard
 from streamprep.config import IndexConfig, PackConfig
 from streamprep.errors import UserError
 from streamprep.index import index
-from streamprep.pack import pack, read_videos
+from streamprep.pack import pack
+from streamprep.pack_shard import read_videos
 from streamprep.progress import size
 from streamprep.sources import _tree, list_dataset
 from streamprep.sources._files import Listing, OpenVideo, Skipped
@@ -321,7 +322,7 @@ class Held:
 def test_no_more_is_held_than_allowed_but_one_video(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, most_files: int
 ) -> None:
-    monkeypatch.setattr(packing, "AHEAD_BYTES", limit)
+    monkeypatch.setattr(pack_shard, "AHEAD_BYTES", limit)
     captions = {f"{number:02d}.mp4": "a caption" for number in range(12)}
     dataset = write_dataset("folder", tmp_path / "d", captions, video=lambda path: path.write_bytes(bytes(400_000)))
     listing = list_dataset(upload(dataset, bucket), "folder")
@@ -370,20 +371,15 @@ def test_a_large_video_is_kept_on_disk_without_a_name(
             file.fileno()
 
 
-def test_a_full_spool_says_where_it_is(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
-    try:
-        monkeypatch.setattr(_tree, "AHEAD_BYTES", 2**20)
-        open_store(bucket).put("a.mp4", bytes(20 * 2**20), step="data")
-        listing = list_dataset(bucket, "folder", spool_dir=str(disk))
-        with pytest.raises(OSError, match=rf"can be kept in the spool \(--spool-dir\).*{disk}"):
-            listing.open_video(listing.samples[0])
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_spool_says_where_it_is(
+    bucket: str, mount_small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = mount_small_disk(4)
+    monkeypatch.setattr(_tree, "AHEAD_BYTES", 2**20)
+    open_store(bucket).put("a.mp4", bytes(20 * 2**20), step="data")
+    listing = list_dataset(bucket, "folder", spool_dir=str(disk))
+    with pytest.raises(OSError, match=rf"can be kept in the spool \(--spool-dir\).*{disk}"):
+        listing.open_video(listing.samples[0])
 
 
 # --- trouble

@@ -190,6 +190,16 @@ def test_an_upload_that_fails_leaves_what_was_there(bucket: tuple[ObjectStore, F
     assert store.read("there") == b"0123456789"
 
 
+def test_what_another_removes_as_soon_as_it_is_written_was_written(bucket: tuple[ObjectStore, FaultProxy]) -> None:
+    store, proxy = bucket
+    proxy.inject("^HEAD .*mark", Answer(404), times=1)
+    store.put("mark", b"1", step="attempt")
+    assert store.read("mark") == b"1"
+    proxy.inject("^HEAD .*data", Answer(404), times=1)
+    with pytest.raises(FileNotFoundError):  # of a file of the result it is no good sign
+        publish(store, "data", b"1")
+
+
 def test_a_whole_upload_is_done_again(bucket: tuple[ObjectStore, FaultProxy]) -> None:
     store, proxy = bucket
     proxy.inject("^PUT .*partNumber=2", Answer(503), times=places.MAX_RETRIES + 1)
