@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,20 +60,14 @@ def test_copies_go_to_the_spool_that_is_asked_for(
 
 
 def test_no_room_for_a_copy_is_this_machines_trouble(
-    out: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    out: Store, mount_small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Files were called UNREAD, and the bucket one that does not give what is asked of it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
-    try:
-        assert main(["verify", out.url, "--spool-dir", str(disk)]) == 1
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    disk = mount_small_disk(1)
+    (disk / "filler").write_bytes(bytes(2**20 - 4096))
+    assert main(["verify", out.url, "--spool-dir", str(disk)]) == 1
     said = capsys.readouterr()
-    assert f"no copy of {out.url}/{file_of(out, '000000')} can be kept here: " in said.err
+    assert f"no copy of {out.url}/{file_of(out, '000000')} can be kept here: only 4.1 kB are free" in said.err
     assert "with more room in the spool folder (--spool-dir), the same command will do" in said.err
     assert "UNREAD" not in said.out and "WRONG" not in said.out
 
