@@ -387,10 +387,10 @@ MISTAKES = [
         found={"fps"},
     ),
     Mistake(
-        name="tensors are stored in half precision",
+        name="tensors are rounded to half precision",
         file=EXPORTER,
         before="np.ascontiguousarray(sample.tensors[name].float().numpy())",
-        after="np.ascontiguousarray(sample.tensors[name].half().numpy())",
+        after="np.ascontiguousarray(sample.tensors[name].half().float().numpy())",
         found={*PICTURE, "text_embedding"},
     ),
 ]
