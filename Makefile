@@ -33,7 +33,7 @@ demo: $(READY)
 	BIN=$(BIN) tools/demo.sh $(DEMO) "$(DATASET)" "$(MODEL)" $(DEMO_FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=25
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile

@@ -327,7 +327,7 @@ class Finished:
     output: str
 
 
-@pytest.fixture(scope="module", params=["torchcodec", "pyav"])
+@pytest.fixture(scope="module", params=["torchcodec", pytest.param("pyav", marks=pytest.mark.slow)])
 def finished(
     request: pytest.FixtureRequest, forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:

@@ -118,7 +118,12 @@ def made_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(
-    scope="module", params=[(clips, variant) for clips in ("shared", "made") for variant in SHAPES], ids="-".join
+    scope="module",
+    params=[
+        pytest.param((clips, variant), id=f"{clips}-{variant}", marks=[pytest.mark.slow] if on_both else [])
+        for variant in SHAPES
+        for clips, on_both in (("shared", variant.startswith("2.2")), ("made", False))
+    ],
 )
 def finished(
     request: pytest.FixtureRequest, tiny_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory

@@ -545,6 +545,7 @@ def environment(repo_root: Path, **more: str) -> Mapping[str, str]:
     return {**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1", **more}
 
 
+@pytest.mark.slow
 def test_a_shipped_script_runs_on_two_ranks_by_changing_its_modules_name_is_killed_and_goes_on(
     dataset: Path, tiny_model: Path, tmp_path: Path, repo_root: Path
 ) -> None:

@@ -206,7 +206,7 @@ def answering_child(process: Process) -> psutil.Process | None:
         (busy_child, signal.SIGKILL),
         (answering_child, signal.SIGKILL),
         pytest.param(idle_child, signal.SIGSTOP, marks=pytest.mark.slow),
-        (busy_child, signal.SIGSTOP),
+        pytest.param(busy_child, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(answering_child, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )

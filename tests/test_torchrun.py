@@ -154,6 +154,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.slow
 def test_a_unit_that_takes_longer_than_the_agents_wait_at_their_exit_is_no_loss(
     new_job: NewJob, undisturbed: Undisturbed, shards: Path, repo_root: Path, start: Callable[..., Launcher]
 ) -> None:

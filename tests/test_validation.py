@@ -261,7 +261,17 @@ def test_what_verify_says_to_delete_mends_it(
     assert (image.read_bytes(), (i2v_job / VALIDATION).read_bytes()) == (data, text)
 
 
-@pytest.mark.parametrize("point", [f"{step}{when}" for step in VALIDATION_STEPS for when in ("", ".after", ":3")])
+@pytest.mark.parametrize(
+    "point",
+    [
+        *VALIDATION_STEPS,
+        *(
+            pytest.param(f"{step}{when}", marks=pytest.mark.slow)
+            for step in VALIDATION_STEPS
+            for when in (".after", ":3")
+        ),
+    ],
+)
 def test_killed_at_any_of_its_steps_it_ends_as_if_it_had_not_been(
     dataset: Path,
     i2v_job: Path,
