@@ -24,7 +24,7 @@ from exporters._unit_files import UnitFiles
 from streamprep import canonical
 from streamprep.storage import PendingFile, Store
 from streamprep.tensor_members import decode_bytes
-from streamprep.types import EncodedClip, EncodedSample, TensorLocation, WrittenFile, WrittenRow
+from streamprep.types import EncodedClip, EncodedSample, TensorLocation, TextLocation, WrittenFile, WrittenRow
 
 FOLDER = "combined_parquet_dataset"
 MAX_FILE_BYTES = 512 * 10**6
@@ -161,6 +161,7 @@ class _OpenFile:
         self.file = file
         self.samples: list[tuple[str, str]] = []  # key, bucket
         self.shapes: list[dict[str, tuple[int, ...]]] = []
+        self.texts: list[dict[str, int]] = []  # their sizes
         self.size_bytes = 0
         self._schema = file_schema
         self._metadata: list[Any] = []
@@ -183,6 +184,7 @@ class _OpenFile:
         self._writer.write_table(_row(sample, arrays, self._schema), row_group_size=1)
         self.samples.append((sample.key, sample.bucket))
         self.shapes.append({name: array.shape for name, array in arrays.items()})
+        self.texts.append({"id": len(sample.id.encode()), "caption": len(sample.caption.encode())})
         self.size_bytes += sum(array.nbytes for array in arrays.values())
 
     def finish(self, tensor_names: tuple[str, ...]) -> tuple[WrittenRow, ...]:
@@ -200,8 +202,16 @@ class _OpenFile:
                     for name in tensor_names
                     if name in shapes
                 },
+                texts={
+                    name: TextLocation(
+                        offset=_end(metadata.row_group(number).column(columns[name])) - size, size=size, form="utf8"
+                    )
+                    for name, size in texts.items()
+                },
             )
-            for number, ((key, bucket), shapes) in enumerate(zip(self.samples, self.shapes, strict=True))
+            for number, ((key, bucket), shapes, texts) in enumerate(
+                zip(self.samples, self.shapes, self.texts, strict=True)
+            )
         )
 
     def abandon(self) -> None:
@@ -245,8 +255,11 @@ def _binary(array: np.ndarray[Any, Any]) -> pa.Array:
 def _location(chunk: Any, shape: tuple[int, ...]) -> TensorLocation:
     """A blob in a one-row, uncompressed, plainly encoded chunk: the chunk's last bytes."""
     size = 4 * int(np.prod(shape))
-    end = chunk.data_page_offset + chunk.total_compressed_size
-    return TensorLocation(offset=end - size, size=size, dtype="float32", shape=tuple(shape))
+    return TensorLocation(offset=_end(chunk) - size, size=size, dtype="float32", shape=tuple(shape))
+
+
+def _end(chunk: Any) -> int:
+    return int(chunk.data_page_offset + chunk.total_compressed_size)
 
 
 def _is_tensor_column(name: str) -> bool:

@@ -27,7 +27,7 @@ from streamprep.keys import short_key
 from streamprep.shards import TarWriter, fits_ustar
 from streamprep.storage import PendingFile, Store
 from streamprep.tensor_members import EncodedTensor, cast, decode_member, encode_tensor
-from streamprep.types import EncodedClip, EncodedSample, TensorLocation, WrittenFile, WrittenRow
+from streamprep.types import EncodedClip, EncodedSample, TensorLocation, TextLocation, WrittenFile, WrittenRow
 
 FOLDER = "latent_shards"
 MAX_FILE_BYTES = 512 * 10**6
@@ -174,9 +174,18 @@ class _OpenFile:
             for extension, (chunks, size) in sorted(contents.items())
         }
         where = {name: _location(one, begins[f"{name}.{one.extension}"]) for name, one in members.items()}
+        text = TextLocation(offset=begins["json"], size=len(described), form="json")
         for row in clip:
             tensors = {name: where[_text_member(clip, row) if name == _TEXT else name] for name in row.tensors}
-            self.rows.append(WrittenRow(key=row.key, bucket=row.bucket, row_group=self._num_samples, tensors=tensors))
+            self.rows.append(
+                WrittenRow(
+                    key=row.key,
+                    bucket=row.bucket,
+                    row_group=self._num_samples,
+                    tensors=tensors,
+                    texts={"id": text, "caption": text},
+                )
+            )
         self._num_samples += 1
 
     def finish(self) -> None:

@@ -93,6 +93,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
       that are stored;
     - ``keys``, ``sources`` (number of each row's output): lists of B; ``bucket``; with ``caption_dropout``
       ``text_dropped`` (B,) bool;
+    - with ``with_captions`` ``ids`` and ``captions``, as the dataset has them: lists of B;
     - ``epoch``, ``number`` (of the batch in the epoch) and ``state``: what to save when the trainer is done with it.
 
     Batches come whole, so a loader is ``DataLoader(dataset, batch_size=None, num_workers=4)``. Each pass is the next
@@ -117,6 +118,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         text_padding: ``max_length``, the text encoder's, or ``longest`` caption of the batch.
         caption_dropout: Share of rows whose caption is replaced by the empty one, drawn anew each epoch.
         captions: ``all``: each caption of a clip is a row; ``one``: one is drawn for each clip and epoch.
+        with_captions: Whether batches hold each row's id and caption, read beside its tensors; a dropped caption's too.
         posterior: ``mean`` or ``sample``: of outputs with ``--posterior moments``, which by default are sampled anew
             each epoch, from (seed, epoch, key).
         normalise: Whether ``vae_latent`` becomes ``(latent - latents_mean) / latents_std``, if it is stored raw.
@@ -143,6 +145,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         text_padding: Literal["max_length", "longest"] = "max_length",
         caption_dropout: float = 0.0,
         captions: Literal["all", "one"] = "all",
+        with_captions: bool = False,
         posterior: Literal["mean", "sample"] | None = None,
         normalise: bool = False,
         contract: Mapping[str, Any] | None = None,
@@ -156,7 +159,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         _check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
         self._max_ahead_bytes = max_ahead_bytes
         self._stores: list[Store] | None = [open_store(source.url) for source in self._sources]
-        self._indexes = [row_index.load_row_index(store, tensors) for store in self._stores]
+        self._indexes = [row_index.load_row_index(store, tensors, with_texts=with_captions) for store in self._stores]
         self.contracts = _checked_contracts(self._indexes, contract)
         """Of each source."""
         self._maker = BatchMaker(
@@ -170,6 +173,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
             empty_texts=[_empty_text(store) for store in self._stores] if caption_dropout else None,
             sample=_samples(posterior, self._indexes),
             normalise=normalise,
+            with_captions=with_captions,
             pin_memory=pin_memory and torch.cuda.is_available(),
         )
         self._pool = _pool(self._indexes, self._sources, captions)
@@ -537,8 +541,9 @@ def _stored_dtypes(indexes: Sequence[RowIndex], dtype: torch.dtype | None) -> di
 
 def _empty_text(store: Store) -> Tensor:
     """The embedding of the empty caption, (L, D)."""
-    fingerprint = job.open_job(store).plan.fingerprint
-    name = f"{job.FOLDER}/uncond-{canonical.digest(fingerprint['text'])[:8]}.safetensors"
+    name = job.open_job(store).plan.unconditional
+    if name is None:
+        raise UserError(f"caption_dropout needs the embedding of the empty caption, {store.url} has no text")
     try:
         loaded: dict[str, Tensor] = safetensors.torch.load(store.read(name))
         return loaded[TEXT]

@@ -133,7 +133,10 @@ def success_of(records: Sequence[Record]) -> bytes:
 
 
 def index_of(records: Sequence[Record]) -> pa.Table:
-    """``index.parquet``: for every row its key, file (and size), row group and bucket, and where its tensors lie."""
+    """``index.parquet``: for every row its key, file (and size), row group and bucket, and where its tensors lie.
+
+    And where its id and caption do, if the exporter says that of all rows.
+    """
     written = [(file, row) for record in records for file in record.files for row in file.rows]
     if not written:
         return pa.table({"key": pa.array([], pa.string())})
@@ -155,6 +158,14 @@ def index_of(records: Sequence[Record]) -> pa.Table:
         }
         if with_codec:
             columns[f"{name}_codec"] = pa.array([tensor and tensor.codec for tensor in tensors], pa.string())
+    if all(row.texts for _, row in written):
+        for name in written[0][1].texts:
+            texts = [row.texts[name] for _, row in written]
+            columns |= {
+                f"{name}_text_at": pa.array([text.offset for text in texts]),
+                f"{name}_text_size": pa.array([text.size for text in texts]),
+                f"{name}_text_form": pa.array([text.form for text in texts]),
+            }
     return pa.table(columns)
 
 

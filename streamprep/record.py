@@ -9,7 +9,7 @@ from typing import Any
 
 from streamprep import canonical
 from streamprep.plan import Excluded
-from streamprep.types import TensorLocation, WrittenFile, WrittenRow
+from streamprep.types import TensorLocation, TextLocation, WrittenFile, WrittenRow
 
 FORMAT = "streamprep-record/1"
 
@@ -70,7 +70,11 @@ class Record:
         return sum(self.bad.values())
 
     def to_json(self) -> bytes:
-        """The content of ``records/UNIT.json``; a row is written ``[key, bucket, row group, {tensor: location}]``."""
+        """The content of ``records/UNIT.json``.
+
+        A row is written ``[key, bucket, row group, {tensor: location}]``, and ``{text: location}`` after that where its
+        exporter says it.
+        """
         value = {
             "format": FORMAT,
             "unit": self.unit,
@@ -132,7 +136,8 @@ def named_files(record: Record) -> set[str]:
 
 def _row_to_json(row: WrittenRow) -> list[Any]:
     tensors = {name: _location_to_json(location) for name, location in row.tensors.items()}
-    return [row.key, row.bucket, row.row_group, tensors]
+    texts = {name: [location.offset, location.size, location.form] for name, location in row.texts.items()}
+    return [row.key, row.bucket, row.row_group, tensors, *([texts] if texts else [])]
 
 
 def _location_to_json(location: TensorLocation) -> list[Any]:
@@ -142,12 +147,17 @@ def _location_to_json(location: TensorLocation) -> list[Any]:
 
 
 def _row_from_json(value: Sequence[Any]) -> WrittenRow:
-    key, bucket, row_group, tensors = value
+    key, bucket, row_group, tensors, *more = value
     return WrittenRow(
         key=_text(key),
         bucket=_text(bucket),
         row_group=_count(row_group),
         tensors={name: _location_from_json(*location) for name, location in tensors.items()},
+        texts={
+            _text(name): TextLocation(offset=_count(offset), size=_count(size), form=_text(form))
+            for texts in more
+            for name, (offset, size, form) in texts.items()
+        },
     )
 
 

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from streamprep import canonical, job
-from streamprep.errors import UserError
+from streamprep.errors import UserError, first_line
 from streamprep.storage import Store
 
 TEXT = "text_embedding"
 """The one tensor whose length differs within a bucket."""
 RAW = ""
 """The codec of bytes that are stored as they are."""
+TEXTS = ("id", "caption")
+"""What is text of a row."""
 
 _OF_ALL = ("key", "file", "bucket")
+_UNKNOWN = 2**62
+"""Larger than any file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,28 @@ class TensorColumns:
     codecs: tuple[str, ...]
     codec: NDArray[np.int32]
     """Number in ``codecs``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextColumns:
+    """The id or the caption of each row."""
+
+    offset: NDArray[np.int64]
+    """Of its bytes in the file."""
+    size: NDArray[np.int64]
+    forms: tuple[str, ...]
+    form: NDArray[np.int32]
+    """Number in ``forms``: see `streamprep.types.TextLocation`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowGroups:
+    """Where rows are whose bytes lie at no offset: in row groups of Parquet, which are read whole."""
+
+    group: NDArray[np.int32]
+    """Of each row, the number of its row group in its file."""
+    position: NDArray[np.int32]
+    """Of each row, its number in its row group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +94,10 @@ class RowIndex:
     """As the plan has it; None where nobody wrote one down."""
     sha256: str
     """Of what the index says: another one is another set of rows."""
+    texts: Mapping[str, TextColumns] = field(default_factory=dict)
+    """Those of `TEXTS` that were asked for."""
+    groups: RowGroups | None = None
+    """None where everything lies at its offset; else offsets and sizes mean nothing."""
 
     @property
     def num_rows(self) -> int:
@@ -83,26 +114,42 @@ class RowIndex:
         return np.asarray(clips.indices, dtype=np.int32)
 
 
-def load_row_index(store: Store, tensors: Sequence[str] | None) -> RowIndex:
+def load_row_index(store: Store, tensors: Sequence[str] | None, *, with_texts: bool = False) -> RowIndex:
     """The rows of a finished output.
 
     Args:
         store: The output.
         tensors: Of these only; None for all that are stored.
+        with_texts: Whether ids and captions are to be read.
 
     Raises:
-        UserError: if it is no finished output, or lacks one of the tensors.
+        UserError: if it is no finished output, or lacks what is asked for, or its index is damaged.
     """
     data = _read_index(store)
+    try:
+        return _row_index(store, data, tensors, with_texts)
+    except (pa.ArrowException, KeyError) as error:  # KeyError: a column is missing
+        raise _damaged(store, first_line(error)) from error
+
+
+def _row_index(store: Store, data: bytes, tensors: Sequence[str] | None, with_texts: bool) -> RowIndex:
     schema = pq.read_schema(io.BytesIO(data))
     stored = [name.removesuffix("_offset") for name in schema.names if name.endswith("_offset")]
     if missing := [name for name in tensors or () if name not in stored]:
         raise UserError(f"{store.url} has no {', '.join(missing)}: its tensors are {', '.join(stored)}")
     wanted = [name for name in stored if tensors is None or name in tensors]
-    table = _read_table(data, schema, wanted)
+    texts = TEXTS if with_texts else ()
+    if missing := [name for name in texts if f"{name}_text_at" not in schema.names]:
+        raise UserError(
+            f"{store.url}/{job.INDEX} does not say where {' and '.join(missing)} lie: the output is of an earlier "
+            "version, or of an exporter that does not note it; `streamprep convert` writes one that does"
+        )
+    table = _read_table(data, schema, wanted, texts)
+    if not len(table):
+        raise UserError(f"{store.url} has no rows")
     files, file = _dictionary(table["file"])
     buckets, bucket = _dictionary(table["bucket"])
-    return RowIndex(
+    index = RowIndex(
         url=store.url,
         files=files,
         file_sizes=_file_sizes(table, file, len(files)),
@@ -113,7 +160,39 @@ def load_row_index(store: Store, tensors: Sequence[str] | None) -> RowIndex:
         tensors={name: columns for name in wanted if (columns := _tensor(table, name, store, tensors)) is not None},
         contract=job.open_job(store).plan.contract,
         sha256=canonical.bytes_digest(data),
+        texts={name: _text(table, name) for name in texts},
     )
+    for problem in _misplaced(index):
+        raise _damaged(store, problem)
+    return index
+
+
+def _damaged(store: Store, what: str) -> UserError:
+    return UserError(f"{store.url}/{job.INDEX} is damaged: {what}; `streamprep finalize` writes it again")
+
+
+def _misplaced(index: RowIndex) -> Iterator[str]:
+    """Bytes that lie outside of their file, or are another number than their shape needs."""
+    sizes = np.array([_UNKNOWN if size is None else size for size in index.file_sizes])[index.file]
+    columns: dict[str, TensorColumns | TextColumns] = {**index.tensors, **index.texts}
+    for name, where in columns.items():
+        wrong = (where.offset < 0) | (where.size < 0) | (where.offset + where.size > sizes)
+        if wrong.any():
+            row = int(wrong.argmax())
+            begin, end = int(where.offset[row]), int(where.offset[row] + where.size[row])
+            yield f"{_name_of(index, row)}: {name} lies at {begin} to {end}, the file has {sizes[row]} bytes"
+    for name, tensor in index.tensors.items():
+        widths = np.array([getattr(torch, dtype).itemsize for dtype in tensor.dtypes])[tensor.dtype]
+        raw = np.array([codec == RAW for codec in tensor.codecs])[tensor.codec]
+        wrong = raw & (tensor.shape.prod(axis=1) * widths != tensor.size)
+        if wrong.any():
+            row = int(wrong.argmax())
+            shape, dtype = tensor.shape[row].tolist(), tensor.dtypes[tensor.dtype[row]]
+            yield f"{_name_of(index, row)}: {name} of {shape} {dtype} has {tensor.size[row]} bytes"
+
+
+def _name_of(index: RowIndex, row: int) -> str:
+    return f"row {row} ({index.keys_of(np.array([row]))[0]} in {index.files[index.file[row]]})"
 
 
 def _read_index(store: Store) -> bytes:
@@ -126,17 +205,17 @@ def _read_index(store: Store) -> bytes:
                 "`streamprep finalize` if nothing is left to encode"
             ) from None
         raise UserError(f"{store.url} is not the output of `streamprep encode`: it has no {job.INDEX}") from None
-    if not pq.read_metadata(io.BytesIO(data)).num_rows:
-        raise UserError(f"{store.url} has no rows")
     return data
 
 
-def _read_table(data: bytes, schema: Any, tensors: Sequence[str]) -> Any:
+def _read_table(data: bytes, schema: Any, tensors: Sequence[str], texts: Sequence[str]) -> Any:
     names = [*_OF_ALL, "file_size"]
+    names += [f"{text}_text_{what}" for text in texts for what in ("at", "size", "form")]
     names += [f"{tensor}_{what}" for tensor in tensors for what in ("offset", "size", "dtype", "shape", "codec")]
     names = [name for name in names if name in schema.names]
-    few_values = [name for name in names if name in ("file", "bucket") or name.endswith(("_dtype", "_codec"))]
-    return pq.read_table(pa.BufferReader(data), columns=names, read_dictionary=few_values)
+    few_values = [name for name in names if name in ("file", "bucket") or name.endswith(("_dtype", "_codec", "_form"))]
+    # In this thread: pyarrow's own may still be at work when a loader's worker ends, which then aborts.
+    return pq.read_table(pa.BufferReader(data), columns=names, read_dictionary=few_values, use_threads=False)
 
 
 def _dictionary(column: Any) -> tuple[tuple[str, ...], NDArray[np.int32]]:
@@ -155,6 +234,19 @@ def _file_sizes(table: Any, file: NDArray[np.int32], num_files: int) -> tuple[in
     return tuple(sizes.tolist())
 
 
+def _text(table: Any, name: str) -> TextColumns:
+    forms, form = _dictionary(table[f"{name}_text_form"])
+    offset, size = (_numbers(table, f"{name}_text_{what}") for what in ("at", "size"))
+    return TextColumns(offset=offset, size=size, forms=forms, form=form)
+
+
+def _numbers(table: Any, name: str) -> NDArray[np.int64]:
+    column = table[name]
+    if column.null_count:
+        raise pa.ArrowInvalid(f"{column.null_count} of {len(table)} rows have no {name}")
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
 def _tensor(table: Any, name: str, store: Store, asked_for: Sequence[str] | None) -> TensorColumns | None:
     """The columns of a tensor; None where some rows do not have it and nobody asked for it."""
     missing = table[f"{name}_offset"].null_count
@@ -171,8 +263,8 @@ def _tensor(table: Any, name: str, store: Store, asked_for: Sequence[str] | None
         else ((RAW,), np.zeros(len(table), np.int32))
     )
     return TensorColumns(
-        offset=table[f"{name}_offset"].to_numpy(),
-        size=table[f"{name}_size"].to_numpy(),
+        offset=_numbers(table, f"{name}_offset"),
+        size=_numbers(table, f"{name}_size"),
         shape=_shapes(table[f"{name}_shape"].combine_chunks(), f"{store.url}: {name}"),
         dtypes=dtypes,
         dtype=dtype,
@@ -182,6 +274,8 @@ def _tensor(table: Any, name: str, store: Store, asked_for: Sequence[str] | None
 
 
 def _shapes(column: Any, what: str) -> NDArray[np.int64]:
+    if column.null_count:
+        raise pa.ArrowInvalid(f"{what} has no shape in {column.null_count} of {len(column)} rows")
     flat = column.flatten().to_numpy()
     lengths = np.diff(column.offsets.to_numpy())
     if len(lengths) and (lengths != lengths[0]).any():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamprep.ahead import fetch_ahead
-from streamprep.row_index import RowIndex
+from streamprep.row_index import RowIndex, TensorColumns, TextColumns
 from streamprep.storage import Store
 
 READ_AHEAD_BYTES = 256 * 2**20
@@ -48,9 +48,10 @@ def open_reader(index: RowIndex, store: Store) -> LocalReader | FetchingReader:
 
 
 def places_of(index: RowIndex, row: int) -> dict[str, Place]:
-    """Where a row's tensors are."""
+    """Where a row's tensors are, and its texts if they are read."""
     path = index.files[index.file[row]]
-    return {name: Place(path, int(tensor.offset[row]), int(tensor.size[row])) for name, tensor in index.tensors.items()}
+    columns: dict[str, TensorColumns | TextColumns] = {**index.tensors, **index.texts}
+    return {name: Place(path, int(where.offset[row]), int(where.size[row])) for name, where in columns.items()}
 
 
 class LocalReader:
@@ -86,7 +87,7 @@ class LocalRow:
         self.files.read_into(place, target[: place.size])
 
     def read(self, name: str) -> bytearray:
-        """All bytes of a tensor, as they are stored."""
+        """All bytes of a tensor or text, as they are stored."""
         data = bytearray(self.places[name].size)
         self.files.read_into(self.places[name], memoryview(data))
         return data
@@ -154,7 +155,7 @@ class FetchedRow:
         target[:] = blob[: len(target)]
 
     def read(self, name: str) -> memoryview:
-        """All bytes of a tensor, as they are stored."""
+        """All bytes of a tensor or text, as they are stored."""
         return self.blobs[name]
 
 

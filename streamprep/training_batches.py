@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class BatchMaker:
     sample: bool
     """Whether latents are drawn from mean and log variance."""
     normalise: bool
+    with_captions: bool
+    """Whether batches have ids and captions."""
     pin_memory: bool
 
     def make(self, located: Sequence[Located], rows: Iterator[Row], *, seed: int, epoch: int) -> Batch:
@@ -55,7 +58,7 @@ class BatchMaker:
         """
         keys = [self.indexes[source].keys_of(np.array([row]))[0] for source, row in located]
         dropped = [self._is_dropped(key, seed, epoch) for key in keys]
-        tensors = self._allocate(located, dropped)
+        tensors, texts = self._allocate(located, dropped), []
         for number, ((source, row), stored) in enumerate(zip(located, rows, strict=True)):
             for name, tensor in tensors.items():
                 if name == TEXT and dropped[number]:
@@ -63,6 +66,8 @@ class BatchMaker:
                     _put_text(self.empty_texts[source], tensor[number])
                 else:
                     _read_tensor(self.indexes[source], row, stored, name, tensor[number])
+            if self.with_captions:
+                texts.append(_read_texts(self.indexes[source], row, stored, keys[number]))
         made: Batch = dict(tensors)
         if LATENT in made:
             made[LATENT] = self._finish_latent(made, located, keys, seed, epoch)
@@ -73,6 +78,8 @@ class BatchMaker:
         source, row = located[0]
         index = self.indexes[source]
         made |= {"keys": keys, "sources": [source for source, _ in located]}
+        if self.with_captions:
+            made |= {"ids": [id for id, _ in texts], "captions": [caption for _, caption in texts]}
         made["bucket"] = index.buckets[index.bucket[row]]
         return made
 
@@ -145,6 +152,16 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tenso
     size = dtype.itemsize * int(np.prod(shape))
     storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+
+
+def _read_texts(index: RowIndex, row: int, stored: Row, key: str) -> tuple[str, str]:
+    """A row's id and caption."""
+    columns = index.texts["id"]
+    if columns.forms[columns.form[row]] == "utf8":
+        return bytes(stored.read("id")).decode(), bytes(stored.read("caption")).decode()
+    described = json.loads(bytes(stored.read("id")))  # of all rows of its clip
+    number = described["keys"].index(key)
+    return described["ids"][number], described["captions"][number]
 
 
 def _read_tensor(index: RowIndex, row: int, stored: Row, name: str, target: Tensor) -> None:

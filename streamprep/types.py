@@ -199,6 +199,16 @@ class TensorLocation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextLocation:
+    """Where a row's id or caption lies in a file."""
+
+    offset: int
+    size: int
+    form: str
+    """``utf8``: the text itself; ``json``: an object with the lists ``keys``, ``ids`` and ``captions`` of a clip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenRow:
     """One sample in an output file."""
 
@@ -208,6 +218,8 @@ class WrittenRow:
     row_group: int
     """Number of the Parquet row group, or of the sample in other formats, where rows of one clip may share one."""
     tensors: Mapping[str, TensorLocation]
+    texts: Mapping[str, TextLocation] = field(default_factory=dict)
+    """Where ``id`` and ``caption`` lie: both, or none where an exporter does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -724,3 +724,71 @@ def test_open_and_resume_take_no_time_that_grows_with_what_was_read(latents: Enc
     state = next(iter(EncodedDataset(out, batch_size=4)))["state"] | {"consumed": 20_000}
     assert min(seconds(None) for _ in range(3)) < 0.3
     assert min(seconds(state) for _ in range(3)) < 0.3
+
+
+# --- ids and captions
+
+
+def test_ids_and_captions_come_on_demand(latents: Encoded) -> None:
+    assert not {"ids", "captions"} & set(next(iter(EncodedDataset(latents.out, batch_size=2))))
+    seen = {}
+    for batch in EncodedDataset(latents.out, batch_size=2, with_captions=True, caption_dropout=0.5):
+        seen |= dict(zip(batch["keys"], zip(batch["ids"], batch["captions"], strict=True), strict=True))
+    expected = {f"wide_{n}": (f"wide_{n}.mp4", f"This is wide_{n}.mp4.") for n in range(LANDSCAPE)}
+    expected |= {f"tall_{n}": (f"tall_{n}.mp4", f"This is tall_{n}.mp4.") for n in range(PORTRAIT)}
+    expected |= {
+        f"wide_{n}@01": (f"wide_{n}.mp4@01", f"Again wide_{n}.mp4, in other and a few more words.")
+        for n in range(TWO_CAPTIONS)
+    }
+    assert seen == expected
+
+
+def test_captions_need_an_index_that_knows_them(latents: Encoded, copy_of: Callable[[Encoded], Path]) -> None:
+    out = copy_of(latents)
+    change_index(out, lambda table: table.select([name for name in table.column_names if "_text_" not in name]))
+    assert EncodedDataset(out, batch_size=2).num_rows == NUM_ROWS
+    with pytest.raises(UserError, match=r"index\.parquet does not say where id and caption lie"):
+        EncodedDataset(out, batch_size=2, with_captions=True)
+
+
+# --- a damaged index
+
+
+def with_value(table: pa.Table, name: str, row: int, value: object) -> pa.Table:
+    values = table[name].to_pylist()
+    values[row] = value
+    return table.set_column(table.column_names.index(name), name, pa.array(values, table[name].type))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("vae_latent_size", None, "1 of 20 rows have no vae_latent_size"),
+        ("vae_latent_size", 8, r"row 3 \(.* in .*\.parquet\): vae_latent of \[16, 2, \d, \d\] float32 has 8 bytes"),
+        ("vae_latent_shape", None, "vae_latent has no shape in 1 of 20 rows"),
+        ("text_embedding_offset", -1, r"row 3 \(.*\): text_embedding lies at -1 to"),
+        ("text_embedding_offset", 10**9, r"text_embedding lies at 1000000000 to \d+, the file has \d+ bytes"),
+        ("caption_text_at", None, "1 of 20 rows have no caption_text_at"),
+        ("id_text_size", 10**9, r"row 3 \(.*\): id lies at"),
+    ],
+)
+def test_what_is_wrong_with_an_index_is_said(
+    name: str, value: object, words: str, latents: Encoded, copy_of: Callable[[Encoded], Path]
+) -> None:
+    out = copy_of(latents)
+    change_index(out, lambda table: with_value(table, name, 3, value))
+    with pytest.raises(UserError, match=rf"{job.INDEX} is damaged: .*{words}.*`streamprep finalize`"):
+        EncodedDataset(out, batch_size=2, with_captions=True)
+
+
+@pytest.mark.parametrize("damage", [b"PAR1 nothing PAR1", None])
+def test_an_index_that_is_none_is_said(
+    damage: bytes | None, latents: Encoded, copy_of: Callable[[Encoded], Path]
+) -> None:
+    out = copy_of(latents)
+    if damage is None:
+        change_index(out, lambda table: table.drop_columns(["bucket"]))
+    else:
+        (out / job.INDEX).write_bytes(damage)
+    with pytest.raises(UserError, match=f"{job.INDEX} is damaged: "):
+        EncodedDataset(out, batch_size=2)

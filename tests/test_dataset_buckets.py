@@ -44,7 +44,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert value == theirs[name], name
 
 
-@pytest.mark.parametrize("how", [{}, {"caption_dropout": 0.5, "text_padding": "longest", "dtype": torch.bfloat16}])
+@pytest.mark.parametrize("how", [{}, {"caption_dropout": 0.5, "text_padding": "longest", "with_captions": True}])
 def test_batches_from_a_bucket_are_those_from_a_folder(latents: Encoded, in_bucket: str, how: dict[str, Any]) -> None:
     for ours, theirs in zip(
         EncodedDataset(in_bucket, batch_size=3, **how),
@@ -71,9 +71,10 @@ def test_folder_and_bucket_may_be_mixed(latents: Encoded, in_bucket: str) -> Non
     assert {source for batch in mixed for source in batch["sources"]} == {0, 1}
 
 
-def test_a_row_comes_in_one_request_and_a_file_is_looked_at_once(in_bucket: str) -> None:
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_a_row_comes_in_one_request_and_a_file_is_looked_at_once(with_texts: bool, in_bucket: str) -> None:
     store = open_store(in_bucket)
-    index = load_row_index(store, None)
+    index = load_row_index(store, None, with_texts=with_texts)
     store.stats.requests.clear()
     reader = FetchingReader(index, store)
     for row in range(index.num_rows):

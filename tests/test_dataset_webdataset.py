@@ -64,3 +64,15 @@ def test_the_formats_may_be_mixed(latents: Encoded, convert: Convert) -> None:
     rows = [(source, key) for batch in mixed for source, key in zip(batch["sources"], batch["keys"], strict=True)]
     assert {source for source, _ in rows} == {0, 1}
     assert len(rows) == len(set(rows))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_ids_and_captions_are_those_of_the_parquet_files(compression: str, latents: Encoded, convert: Convert) -> None:
+    converted = convert("--latent-compression", compression)
+    for batch, other in zip(
+        EncodedDataset(converted, batch_size=2, with_captions=True),
+        EncodedDataset(latents.out, batch_size=2, with_captions=True),
+        strict=True,
+    ):
+        assert (batch["ids"], batch["captions"]) == (other["ids"], other["captions"])
+        assert len(batch["captions"]) == 2
