@@ -449,11 +449,15 @@ class ConvertConfig(LatentSettings, StoreSettings):
 
     POSITIONAL: ClassVar = ("source", "out")
     source: Annotated[Positional[str], arg(metavar="OUT")]
-    """Finished output of `streamprep encode` or `convert`: a folder or a URL."""
+    """Finished output of `streamprep encode` or `convert`, or with --contract FastVideo's own Parquet: a folder or a
+    URL."""
     out: Annotated[Positional[str], arg(metavar="NEW")]
     """Where to write: a folder or a URL."""
     exporter: str
     """Output format to write."""
+    contract: str | None = None
+    """TOML file that says what latents are which FastVideo's own scripts wrote: model_path, train_fps, and where they
+    differ workload (t2v), space (raw) and text (trimmed)."""
     samples_per_file: int | None = None
     """Most rows in a file; by default as OUT has it."""
     posterior: Literal["mean"] | None = None

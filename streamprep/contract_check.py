@@ -18,6 +18,7 @@ MAY_DIFFER = {
     "variant",  # 2.1 and 2.2 A14B have the same VAE and text encoder: their digests decide
     "model",
     "revision",
+    "provenance",  # what only the user's word stands for has been checked, as far as that can be
     "rounded.bfloat16",
     "rounded.float16",
     "workload",
@@ -32,6 +33,10 @@ MAY_DIFFER = {
     "image.dtype",
 }
 """What two outputs may differ in and be mixed: names, how exactly the same was computed, how clips were chosen."""
+
+
+_UNKNOWN = ("not taken", "not known")
+"""What a contract says of what nobody knows."""
 
 
 def check_same(contracts: Sequence[tuple[str, Mapping[str, Any]]], tensors: Collection[str]) -> None:
@@ -50,6 +55,7 @@ def check_same(contracts: Sequence[tuple[str, Mapping[str, Any]]], tensors: Coll
             f"{name}: {_short(first.get(name))} there, {_short(other.get(name))} here"
             for name in sorted({*first, *other})
             if first.get(name) != other.get(name)
+            and not any(value in _UNKNOWN for value in (first.get(name), other.get(name)))
         ]
         if differing:
             raise UserError(

@@ -1,5 +1,7 @@
 """A finished output -> the same rows in another format: ``streamprep convert``. Nothing is encoded again.
 
+What FastVideo's own scripts wrote is taken too, if the user says what it is (`streamprep.foreign`).
+
 1. The output must be finished. The new exporter must be able to hold its tensors, columns and contract; what a dtype
    loses is said, and noted in the new plan and contract.
 2. The new ``plan.json`` is derived from the old one: the same units, retries among them, under another fingerprint,
@@ -14,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -27,9 +30,11 @@ from streamprep.commit import Committer, give_way
 from streamprep.config import ConvertConfig, LatentSettings
 from streamprep.errors import UserError
 from streamprep.finalize import Totals, is_finalized
-from streamprep.job import Fingerprint, Job, JobPlan, Unit
+from streamprep.foreign import origin as foreign_origin
+from streamprep.foreign.declared import contract_of, read_declaration
+from streamprep.job import Fingerprint, Job, JobPlan, Round, Unit
 from streamprep.progress import count, size
-from streamprep.record import QuarantineFile, Record
+from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.sealed import Damaged, check_unconditional, check_validation
 from streamprep.session import Session, begin_session, end
 from streamprep.storage import (
@@ -48,15 +53,94 @@ from streamprep.types import EncodedSample, WrittenFile
 _VARIANCE = "vae_logvar"
 
 
+class Origin(Protocol):
+    """What is converted, as a finished output."""
+
+    @property
+    def store(self) -> Store:
+        """Has its files."""
+
+    @property
+    def plan(self) -> JobPlan:
+        """From which the new one is derived."""
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """By unit."""
+
+    @property
+    def dtypes(self) -> Sequence[str]:
+        """Of all tensors there are, sorted."""
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Which tell it from any other."""
+
+    @property
+    def lines(self) -> Sequence[str]:
+        """What is to be said of it."""
+
+    def rounds(self) -> list[Round]:
+        """Its retries."""
+
+    def read(self, record: Record, scratch: Store) -> Iterator[EncodedSample | BadClip]:
+        """A unit's rows, and those of them that turn out bad only now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedOutput:
+    """What `streamprep encode` or `convert` has made."""
+
+    job: Job
+    records: Mapping[str, Record]
+    reader: Any
+    """The exporter that wrote it."""
+
+    lines = ()
+
+    @property
+    def store(self) -> Store:
+        """Has its files."""
+        return self.job.store
+
+    @property
+    def plan(self) -> JobPlan:
+        """Its own."""
+        return self.job.plan
+
+    @property
+    def dtypes(self) -> Sequence[str]:
+        """Of all tensors there are."""
+        return _dtypes(self.records.values())
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Of its plan, and of what names all its files."""
+        files = (("plan", job.PLAN), ("success", job.SUCCESS))
+        return {f"{what}_sha256": canonical.bytes_digest(self.store.read(path)) for what, path in files}
+
+    def rounds(self) -> list[Round]:
+        """Its retries."""
+        return self.job.rounds()
+
+    def read(self, record: Record, scratch: Store) -> Iterator[EncodedSample]:
+        """A unit's rows, of files that are what their record says."""
+        read = functools.partial(
+            self.reader.read_samples,
+            workload=self.plan.contract["workload"],
+            train_fps=self.plan.config["train_fps"],
+            columns=self.plan.columns,
+        )
+        for file in record.files:
+            with whole_file(self.store, file, scratch=scratch) as (store, name):
+                yield from read(store, dataclasses.replace(file, name=name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """From what to what; checked."""
 
-    source: Job
-    records: Mapping[str, Record]
-    """Of the source, by unit."""
-    reader: Any
-    """The exporter that wrote the source."""
+    source: Origin
     exporter: Any
     options: Mapping[str, str]
     leave_out: tuple[str, ...]
@@ -86,7 +170,7 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
     source, out = open_store(config.source), open_store(config.out, spool_dir=config.spool_dir)
     if source.same_place(out):
         raise UserError(f"{config.out} is the output itself: convert it into another folder")
-    conversion = prepare(config, _finished(source))
+    conversion = prepare(config, open_origin(config, source, out))
     plan, units = conversion.plan, conversion.units
     begun = job.find_job(out, plan.fingerprint, data_folder=plan.data_folder)
     left = begun.without_record(units) if begun else units
@@ -99,7 +183,7 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
     with begin_session(
         out, board, verb="converting", unit="rows", log_dir=config.log_dir, stale_seconds=config.stale_seconds
     ) as session:
-        session.progress.total = sum(record.num_rows for record in conversion.records.values())
+        session.progress.total = sum(record.num_rows for record in conversion.source.records.values())
         for line in (*_describe(conversion, left), *(describe_staging(out) if left else ())):
             session.progress.message(line)
         session.checked()
@@ -115,22 +199,33 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
             return end(current, session, committer, anew=not left)
 
 
-def prepare(config: ConvertConfig, source: Job) -> Conversion:
+def open_origin(config: ConvertConfig, source: Store, out: Store) -> Origin:
+    """What is to be converted.
+
+    Raises:
+        UserError: if it is not finished, cannot be read back, or is not what ``--contract`` says.
+    """
+    if config.contract is None:
+        return _finished(source)
+    if source.exists(job.PLAN):
+        raise UserError(f"{source.url} says itself what its latents are: leave --contract out")
+    if f"{out.url.rstrip('/')}/".startswith(f"{source.url.rstrip('/')}/"):
+        raise UserError(
+            f"{config.out} is within {config.source}, whose Parquet files are all taken: use another folder"
+        )
+    return foreign_origin.open_origin(source, contract_of(read_declaration(config.contract)))
+
+
+def prepare(config: ConvertConfig, source: Origin) -> Conversion:
     """See whether an output can be converted so, and derive the new plan.
 
     Raises:
         UserError: if it cannot.
     """
-    plan, records = source.plan, {record.unit: record for record in source.records()}
-    reader, exporter = exporting.open_exporter(plan.config["exporter"]), exporting.open_exporter(config.exporter)
-    if not hasattr(reader, "read_samples"):
-        raise UserError(
-            f"{source.store.url} was written by the exporter {plan.config['exporter']}, which cannot read its rows "
-            "back: it has no read_samples (see CONTRIBUTING.md, Adding an output format)"
-        )
+    plan, exporter = source.plan, exporting.open_exporter(config.exporter)
     asked = {field.name: getattr(config, field.name) for field in fields(LatentSettings)}
     options = exporting.settle_options(exporter, config.exporter, asked)
-    dtype, dtypes = exporting.dtype_of(options), _dtypes(records.values())
+    dtype, dtypes = exporting.dtype_of(options), source.dtypes
     contract, leave_out = _contract(config, plan.contract)
     _check_posterior(config, exporter, contract)
     exporting.check_able(exporter, config.exporter, workload=contract["workload"], posterior=_posterior(contract))
@@ -142,16 +237,10 @@ def prepare(config: ConvertConfig, source: Job) -> Conversion:
     if any(one != dtype for one in dtypes):
         contract = exporting.rounded(contract, dtype)
     samples_per_file = config.samples_per_file or plan.config["samples_per_file"]
-    converted = {
-        f"{what}_sha256": canonical.bytes_digest(source.store.read(path))
-        for what, path in (("plan", job.PLAN), ("success", job.SUCCESS))
-    }
     widths = exporting.DTYPE_BYTES
     ratio = widths[dtype] / max((widths[one] for one in dtypes), default=widths[dtype])
     return Conversion(
         source=source,
-        records=records,
-        reader=reader,
         exporter=exporter,
         options=options,
         leave_out=leave_out,
@@ -166,7 +255,7 @@ def prepare(config: ConvertConfig, source: Job) -> Conversion:
                     "keep_columns": plan.config["keep_columns"],
                     **exporting.choices_made(exporter, options),
                 },
-                "convert": converted,
+                "convert": source.digests,
             },
             config={
                 **plan.config,
@@ -180,12 +269,12 @@ def prepare(config: ConvertConfig, source: Job) -> Conversion:
             data_folder=exporter.FOLDER,
             units=tuple(dataclasses.replace(unit, size_bytes=int(unit.size_bytes * ratio)) for unit in plan.units),
             versions=job.installed_versions(),
-            converted={"from": source.store.url, "loses": loses, **converted},
+            converted={"from": source.store.url, "loses": loses, **source.digests},
         ),
     )
 
 
-def _finished(store: Store) -> Job:
+def _finished(store: Store) -> FinishedOutput:
     source = job.open_job(store)
     for one in source.rounds():
         if source.without_record(one.units):
@@ -195,7 +284,14 @@ def _finished(store: Store) -> Job:
             f"{store.url} is not finished: `streamprep status` says how far it is; run the same "
             f"`{source.plan.command}`, or `streamprep finalize`, first"
         )
-    return source
+    name = source.plan.config["exporter"]
+    reader = exporting.open_exporter(name)
+    if not hasattr(reader, "read_samples"):
+        raise UserError(
+            f"{store.url} was written by the exporter {name}, which cannot read its rows back: it has no read_samples "
+            "(see CONTRIBUTING.md, Adding an output format)"
+        )
+    return FinishedOutput(job=source, records={record.unit: record for record in source.records()}, reader=reader)
 
 
 def _dtypes(records: Iterable[Record]) -> list[str]:
@@ -257,12 +353,13 @@ def _check_space(out: Store, plan: JobPlan) -> None:
 
 def _describe(conversion: Conversion, left: Sequence[Unit]) -> Iterator[str]:
     plan, units = conversion.plan, conversion.units
-    rows = sum(record.num_rows for record in conversion.records.values())
+    rows = sum(record.num_rows for record in conversion.source.records.values())
     yield (
         f"{count(len(units), 'unit')}, {len(units) - len(left)} done; {count(rows, 'row')} of "
         f"{conversion.source.store.url}: {conversion.source.plan.config['exporter']} -> {plan.config['exporter']}"
     )
     yield conversion.loses
+    yield from conversion.source.lines
 
 
 def _copy_what_is_of_no_unit(conversion: Conversion, current: Job) -> None:
@@ -304,18 +401,24 @@ def _convert_units(conversion: Conversion, current: Job, session: Session) -> No
     units, out = conversion.units, current.store
     by_id = {unit.id: unit for unit in units}
     left = set(current.not_done(by_id))
-    rows = {unit: record.num_rows for unit, record in conversion.records.items()}
+    records = conversion.source.records
+    rows = {unit: record.num_rows for unit, record in records.items()}
     claims = session.claims("convert", units, current, ahead=0)
     with session.working(claims) as fleet:
         fleet.begin(sum(rows[unit] for unit in by_id if unit not in left))
         for unit in claims:
             began = time.monotonic()
-            record = conversion.records[unit]
-            files = _convert_files(conversion, current, record, fleet.encoded)
+            record, bad = records[unit], list[BadClip]()
+            files = _convert_files(conversion, current, record, bad, fleet.encoded)
+            quarantine = _copy_quarantine(conversion.source.store, out, record.quarantine)
+            if bad:
+                assert quarantine is None, f"unit {unit} has bad samples already"
+                quarantine = current.write_quarantine(unit, bad)
             ours = dataclasses.replace(
                 record,
                 files=tuple(files),
-                quarantine=_copy_quarantine(conversion.source.store, out, record.quarantine),
+                bad={**record.bad, **Counter(clip.reason for clip in bad)},
+                quarantine=quarantine,
                 seconds={"unit": time.monotonic() - began},
             )
             if not current.commit(ours):
@@ -328,9 +431,9 @@ def _convert_units(conversion: Conversion, current: Job, session: Session) -> No
 
 
 def _convert_files(
-    conversion: Conversion, current: Job, record: Record, wrote: Callable[[int], None]
+    conversion: Conversion, current: Job, record: Record, bad: list[BadClip], wrote: Callable[[int], None]
 ) -> list[WrittenFile]:
-    """Write a unit's rows, and publish them."""
+    """Write a unit's rows, and publish them; those that are bad are put into ``bad``."""
     if not record.num_rows:
         return []
     plan = conversion.plan
@@ -343,20 +446,25 @@ def _convert_files(
         options=conversion.options,
         columns=plan.columns,
     ) as writer:
-        for sample in _samples(conversion, record, scratch=current.store):
+        for sample in _samples(conversion, record, bad, scratch=current.store):
             writer.write(sample)
             wrote(1)
         files: list[WrittenFile] = writer.close()
-    there, here = ([row.key for file in those for row in file.rows] for those in (record.files, files))
+    bad_keys = {clip.key for clip in bad}
+    there = [row.key for file in record.files for row in file.rows if row.key not in bad_keys]
+    here = [row.key for file in files for row in file.rows]
     assert there == here, f"unit {record.unit}: {len(here)} rows were written of {len(there)}"
     return files
 
 
-def _samples(conversion: Conversion, record: Record, *, scratch: Store) -> Iterator[EncodedSample]:
+def _samples(conversion: Conversion, record: Record, bad: list[BadClip], *, scratch: Store) -> Iterator[EncodedSample]:
     """A unit's rows as they were encoded: float32, and rows of one clip share what they have in common."""
     found: EncodedSample | None = None
     tensors: dict[str, Tensor] = {}
-    for sample in _stored_samples(conversion, record, scratch):
+    for sample in conversion.source.read(record, scratch):
+        if isinstance(sample, BadClip):
+            bad.append(sample)
+            continue
         before, encoded = found, tensors
         is_same_clip = before is not None and _clip_key(before) == _clip_key(sample)
         found, tensors = sample, {}
@@ -368,19 +476,6 @@ def _samples(conversion: Conversion, record: Record, *, scratch: Store) -> Itera
             else:
                 tensors[name] = cast(tensor, "float32")
         yield dataclasses.replace(sample, tensors=tensors)
-
-
-def _stored_samples(conversion: Conversion, record: Record, scratch: Store) -> Iterator[EncodedSample]:
-    plan = conversion.source.plan
-    read = functools.partial(
-        conversion.reader.read_samples,
-        workload=plan.contract["workload"],
-        train_fps=plan.config["train_fps"],
-        columns=plan.columns,
-    )
-    for file in record.files:
-        with whole_file(conversion.source.store, file, scratch=scratch) as (store, name):
-            yield from read(store, dataclasses.replace(file, name=name))
 
 
 def _clip_key(sample: EncodedSample) -> str:

@@ -27,13 +27,17 @@ from torch import Tensor
 from streamprep import canonical, contract_check, epochs, job, row_index
 from streamprep.epochs import Epoch, Part, Pool
 from streamprep.errors import UserError
+from streamprep.foreign import checks, survey
+from streamprep.foreign.declared import DeclaredContract, declare_contract
+from streamprep.foreign.groups import RowGroupReader
+from streamprep.foreign.survey import DroppedRow
 from streamprep.row_index import TEXT, RowIndex
 from streamprep.storage import Store, open_store
 from streamprep.tensor_members import decode_latents
-from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, open_reader, read_rows
+from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, Reader, open_reader, read_rows
 from streamprep.training_batches import LOGVAR, Batch, BatchMaker
 
-__all__ = ["Batch", "EncodedDataset", "EpochSummary", "Source", "decode_latents"]
+__all__ = ["Batch", "EncodedDataset", "EpochSummary", "Source", "declare_contract", "decode_latents"]
 
 STATE_FORMAT = "streamprep-reader/1"
 _MAX_WORKERS = 1023
@@ -122,7 +126,9 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         posterior: ``mean`` or ``sample``: of outputs with ``--posterior moments``, which by default are sampled anew
             each epoch, from (seed, epoch, key).
         normalise: Whether ``vae_latent`` becomes ``(latent - latents_mean) / latents_std``, if it is stored raw.
-        contract: What the trainer needs of the latents; other ones are refused.
+        contract: What the trainer needs of the latents; other ones are refused. Or what `declare_contract` says of
+            latents that carry none because FastVideo's own scripts wrote them.
+        empty_text: The embedding of the empty caption, (L, D), for ``caption_dropout`` of sources that have none.
         max_ahead_bytes: Most that is fetched ahead from a bucket, by each worker.
         pin_memory: Make batches in pinned memory, if CUDA is there and this is no worker of a loader (give the loader
             its own ``pin_memory=True`` then).
@@ -148,7 +154,8 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         with_captions: bool = False,
         posterior: Literal["mean", "sample"] | None = None,
         normalise: bool = False,
-        contract: Mapping[str, Any] | None = None,
+        contract: Mapping[str, Any] | DeclaredContract | None = None,
+        empty_text: Tensor | None = None,
         max_ahead_bytes: int = READ_AHEAD_BYTES,
         pin_memory: bool = False,
     ) -> None:
@@ -159,7 +166,10 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         _check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
         self._max_ahead_bytes = max_ahead_bytes
         self._stores: list[Store] | None = [open_store(source.url) for source in self._sources]
-        self._indexes = [row_index.load_row_index(store, tensors, with_texts=with_captions) for store in self._stores]
+        self.dropped: list[DroppedRow] = []
+        """Rows of FastVideo's own files that are left out."""
+        declared = contract if isinstance(contract, DeclaredContract) else None
+        self._indexes = [self._load(store, tensors, with_captions, declared) for store in self._stores]
         self.contracts = _checked_contracts(self._indexes, contract)
         """Of each source."""
         self._maker = BatchMaker(
@@ -170,7 +180,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
             stored_dtypes=_stored_dtypes(self._indexes, dtype),
             text_padding=text_padding,
             caption_dropout=caption_dropout,
-            empty_texts=[_empty_text(store) for store in self._stores] if caption_dropout else None,
+            empty_texts=[_empty_text(store, empty_text) for store in self._stores] if caption_dropout else None,
             sample=_samples(posterior, self._indexes),
             normalise=normalise,
             with_captions=with_captions,
@@ -334,7 +344,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         if (worker := torch.utils.data.get_worker_info()) is not None:
             numbers = epochs.of_worker(numbers, worker=worker.id, num_workers=worker.num_workers)
         numbers = numbers[start.given :]
-        readers = [open_reader(index, store) for index, store in zip(self._indexes, self._open_stores(), strict=True)]
+        readers = [_open_reader(index, store) for index, store in zip(self._indexes, self._open_stores(), strict=True)]
         batches = (epoch.batches[number % len(epoch.batches)] for number in numbers)
         located = ([self._locate(row) for row in batch] for batch in batches)
         read = read_rows(readers, located, max_bytes=self._max_ahead_bytes)
@@ -382,6 +392,21 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
                 "batch_size, or say drop_last=False",
                 stacklevel=3,
             )
+
+    def _load(
+        self, store: Store, tensors: Sequence[str] | None, with_texts: bool, declared: DeclaredContract | None
+    ) -> RowIndex:
+        if declared is None or store.exists(job.PLAN) or store.exists(job.INDEX):
+            return row_index.load_row_index(store, tensors, with_texts=with_texts)
+        found = survey.survey(store, declared.contract)
+        index = found.row_index(tensors, with_texts=with_texts)
+        sampled = checks.check_values(found, store)
+        if sampled.bad:
+            raise UserError(sampled.bad[0])
+        self.dropped += found.dropped
+        for line in (*found.describe(), *sampled.doubts, *found.describe_cost()):
+            warnings.warn(line, stacklevel=4)
+        return index
 
     # --- processes
 
@@ -496,7 +521,13 @@ def _check_options(
             raise UserError(f"{name} must be one of {', '.join(map(repr, able))}, got {value!r}")
 
 
-def _checked_contracts(indexes: Sequence[RowIndex], expected: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def _open_reader(index: RowIndex, store: Store) -> Reader:
+    return open_reader(index, store) if index.groups is None else RowGroupReader(index, store)
+
+
+def _checked_contracts(
+    indexes: Sequence[RowIndex], expected: Mapping[str, Any] | DeclaredContract | None
+) -> list[Mapping[str, Any]]:
     """The contract of each source, compared with the trainer's and the others', and with what is stored."""
     for index in indexes:
         if set(index.tensors) != set(indexes[0].tensors):
@@ -510,12 +541,13 @@ def _checked_contracts(indexes: Sequence[RowIndex], expected: Mapping[str, Any] 
     for index in indexes:
         contract = index.contract
         assert contract is not None
-        if expected is not None:
+        if expected is not None and not isinstance(expected, DeclaredContract):
             contract_check.check_expected(index.url, contract, expected)
         contracts.append(contract)
-    contract_check.check_same(
-        [(index.url, contract) for index, contract in zip(indexes, contracts, strict=True)], indexes[0].tensors
-    )
+    named = [(index.url, contract) for index, contract in zip(indexes, contracts, strict=True)]
+    if isinstance(expected, DeclaredContract):
+        named.insert(0, ("what is declared", expected.contract))
+    contract_check.check_same(named, indexes[0].tensors)
     return contracts
 
 
@@ -539,11 +571,16 @@ def _stored_dtypes(indexes: Sequence[RowIndex], dtype: torch.dtype | None) -> di
     return found
 
 
-def _empty_text(store: Store) -> Tensor:
+def _empty_text(store: Store, given: Tensor | None) -> Tensor:
     """The embedding of the empty caption, (L, D)."""
-    name = job.open_job(store).plan.unconditional
+    name = job.open_job(store).plan.unconditional if store.exists(job.PLAN) else None
+    if name is None and given is not None:
+        return given
     if name is None:
-        raise UserError(f"caption_dropout needs the embedding of the empty caption, {store.url} has no text")
+        raise UserError(
+            f"caption_dropout needs the embedding of the empty caption, which {store.url} does not have: FastVideo's "
+            "files hold none; say empty_text="
+        )
     try:
         loaded: dict[str, Tensor] = safetensors.torch.load(store.read(name))
         return loaded[TEXT]

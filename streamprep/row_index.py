@@ -204,7 +204,10 @@ def _read_index(store: Store) -> bytes:
                 f"{store.url} is not finished, it has no {job.INDEX}: run the same `streamprep encode` again, or "
                 "`streamprep finalize` if nothing is left to encode"
             ) from None
-        raise UserError(f"{store.url} is not the output of `streamprep encode`: it has no {job.INDEX}") from None
+        raise UserError(
+            f"{store.url} is not the output of `streamprep encode`: it has no {job.INDEX}; if FastVideo's scripts "
+            "wrote it, say what it is: contract=declare_contract(...)"
+        ) from None
     return data
 
 

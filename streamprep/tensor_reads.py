@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, cast
 
 from streamprep.ahead import fetch_ahead
 from streamprep.row_index import RowIndex, TensorColumns, TextColumns
@@ -213,7 +214,23 @@ class FetchingReader:
             self._checked.add(path)
 
 
-Reader = LocalReader | FetchingReader
+class Reader(Protocol):
+    """Rows of one dataset."""
+
+    def row(self, row: int) -> Row:
+        """One row."""
+
+    def fetched_bytes(self, row: int) -> int:
+        """Of memory that a row takes until its batch is made."""
+
+
+class OrderedReader(Reader, Protocol):
+    """Of a reader that reads when a row is asked for, in this thread."""
+
+    def expect(self, row: int) -> None:
+        """A row of the next batch: to be read ahead, if that can be."""
+
+
 Row = LocalRow | FetchedRow
 Located = tuple[int, int]
 """(number of the dataset, row in it)."""
@@ -230,12 +247,13 @@ def read_rows(
         batches: The rows of each batch; some are taken ahead.
         max_bytes: Most that is fetched ahead from buckets.
     """
-    local = [reader for reader in readers if isinstance(reader, LocalReader)]
-    return _read(local, batches) if len(local) == len(readers) else _fetch(readers, batches, max_bytes)
+    if any(isinstance(reader, FetchingReader) for reader in readers):
+        return _fetch(readers, batches, max_bytes)
+    return _read(cast("Sequence[OrderedReader]", readers), batches)
 
 
 def _read(
-    readers: Sequence[LocalReader], batches: Iterable[BatchOfRows]
+    readers: Sequence[OrderedReader], batches: Iterable[BatchOfRows]
 ) -> Iterator[tuple[BatchOfRows, Iterator[Row]]]:
     """While one batch is read, the system gets the next one from the disk."""
     waiting: BatchOfRows | None = None

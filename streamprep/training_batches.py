@@ -72,7 +72,7 @@ class BatchMaker:
         if LATENT in made:
             made[LATENT] = self._finish_latent(made, located, keys, seed, epoch)
         if TEXT in made:
-            made["text_attention_mask"] = self._mask(made[TEXT], located, dropped)
+            made |= self._finish_text(made[TEXT], located, dropped)
         if self.caption_dropout:
             made["text_dropped"] = torch.tensor(dropped)
         source, row = located[0]
@@ -132,9 +132,13 @@ class BatchMaker:
                 lengths.append(int(self.indexes[source].tensors[TEXT].shape[row, 0]))
         return lengths
 
-    def _mask(self, text: Tensor, located: Sequence[Located], dropped: Sequence[bool]) -> Tensor:
-        lengths = torch.tensor(self._lengths(located, dropped))
-        return torch.arange(text.shape[1])[None, :] < lengths[:, None]
+    def _finish_text(self, text: Tensor, located: Sequence[Located], dropped: Sequence[bool]) -> dict[str, Tensor]:
+        """Text and its mask; where it is stored with zeros after the captions, those tell how long they are."""
+        is_padded = self.contracts[0]["text"]["padding"] == "padded"
+        lengths = _padded_lengths(text) if is_padded else torch.tensor(self._lengths(located, dropped))
+        if is_padded and self.text_padding == "longest":
+            text = text[:, : int(lengths.max())].clone()
+        return {TEXT: text, "text_attention_mask": torch.arange(text.shape[1])[None, :] < lengths[:, None]}
 
     @property
     def _max_text_length(self) -> int:
@@ -181,6 +185,12 @@ def _read_tensor(index: RowIndex, row: int, stored: Row, name: str, target: Tens
         stored.read_into(name, _bytes_of(whole))
         target[:length] = whole
     target[length:] = 0
+
+
+def _padded_lengths(text: Tensor) -> Tensor:
+    """Tokens before the zeros of each row."""
+    number = torch.arange(1, text.shape[1] + 1)
+    return ((text != 0).any(dim=2) * number).amax(dim=1)
 
 
 def _put_text(text: Tensor, target: Tensor) -> None:
