@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastvideo_schemas import SCHEMAS
@@ -498,6 +499,39 @@ def test_both_entry_points_make_the_same_rows(
     assert f"this is: streamprep run {dataset}/videos {tmp_path}/out" in said.err
     reference = encode_dataset(usable, tiny_model, workload="t2v", geometry=GEOMETRY, clean_captions=False)
     assert compare(read_rows(tmp_path / "out"), reference) == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_dataset_of_the_hubs_library_goes_in_as_fastvideo_has_it(
+    dataset: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """``dataset_type hf``, its default, with the columns that FastVideo asks for; ids are the rows' numbers."""
+    rows = json.loads((dataset / "videos2caption.json").read_text())
+    table = pa.Table.from_pylist(
+        [
+            {
+                "video": {"bytes": (dataset / "videos" / row["path"]).read_bytes(), "path": row["path"]},
+                "caption": row["cap"][0],
+                "name": row["path"],
+                "fps": row["fps"],
+                "num_frames": row["num_frames"],
+                "resolution": {"width": 64 + 16 * number, "height": 48},
+            }
+            for number, row in enumerate(rows)
+        ]
+    )
+    (tmp_path / "hub").mkdir()
+    pq.write_table(table, tmp_path / "hub/train-00000-of-00001.parquet")
+    words = of_new_workflow(tmp_path / "hub", tmp_path / "hf", tiny_model, workload="t2v")
+    words[words.index("merged")] = "hf"
+    assert fastvideo.main([*words, "--serial"]) == 0
+    assert fastvideo.main([*of_new_workflow(dataset, tmp_path / "out", tiny_model, workload="t2v"), "--serial"]) == 0
+    assert sorted(dropped(tmp_path / "hf").values()) == sorted(dropped(tmp_path / "out").values()) != []
+    ours, theirs = read_rows(tmp_path / "hf"), read_rows(tmp_path / "out")
+    assert len(ours) == len(theirs) == 4
+    ids = {row["caption"]: row["id"] for row in theirs.values()}
+    renamed = [row | dict.fromkeys(("id", "file_name"), ids[row["caption"]]) for row in ours.values()]
+    assert compare({row["id"]: row for row in renamed}, theirs) == []
 
 
 @pytest.mark.usefixtures("one_thread")
