@@ -106,12 +106,12 @@ class RowIndex:
 
     def keys_of(self, rows: NDArray[np.int64]) -> list[str]:
         """The keys of some rows."""
-        return self.keys.take(pa.array(rows)).to_pylist()  # type: ignore[no-any-return]
+        return [self.keys[row].as_py() for row in rows.tolist()]
 
     def clips(self) -> NDArray[np.int32]:
         """A number for each row, the same for all captions of a clip: ``KEY``, ``KEY@01``, ..."""
         clips = pc.replace_substring_regex(self.keys, r"@\d+$", "").dictionary_encode()
-        return np.asarray(clips.indices, dtype=np.int32)
+        return _numbers(clips.indices).astype(np.int32)
 
 
 def load_row_index(store: Store, tensors: Sequence[str] | None, *, with_texts: bool = False) -> RowIndex:
@@ -217,8 +217,9 @@ def _read_table(data: bytes, schema: Any, tensors: Sequence[str], texts: Sequenc
     names += [f"{tensor}_{what}" for tensor in tensors for what in ("offset", "size", "dtype", "shape", "codec")]
     names = [name for name in names if name in schema.names]
     few_values = [name for name in names if name in ("file", "bucket") or name.endswith(("_dtype", "_codec", "_form"))]
-    # In this thread: pyarrow's own may still be at work when a loader's worker ends, which then aborts.
-    return pq.read_table(pa.BufferReader(data), columns=names, read_dictionary=few_values, use_threads=False)
+    # In this thread: pyarrow's own may still be at work when a loader's worker ends, which then aborts. And not by
+    # `pq.read_table`, which imports pandas.
+    return pq.ParquetFile(pa.BufferReader(data), read_dictionary=few_values).read(names, use_threads=False)
 
 
 def _dictionary(column: Any) -> tuple[tuple[str, ...], NDArray[np.int32]]:
@@ -226,28 +227,35 @@ def _dictionary(column: Any) -> tuple[tuple[str, ...], NDArray[np.int32]]:
     column = column.unify_dictionaries().combine_chunks()
     if column.null_count:
         column = pc.fill_null(column.cast(pa.string()), "").dictionary_encode()
-    return tuple(column.dictionary.to_pylist()), np.asarray(column.indices, dtype=np.int32)
+    return tuple(column.dictionary.to_pylist()), _numbers(column.indices).astype(np.int32)
+
+
+def _numbers(column: Any) -> NDArray[Any]:
+    """A column of numbers; not by its ``to_numpy``, which imports pandas where that is installed: half a second."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return np.from_dlpack(column)
 
 
 def _file_sizes(table: Any, file: NDArray[np.int32], num_files: int) -> tuple[int | None, ...]:
     if "file_size" not in table.column_names:
         return (None,) * num_files
     sizes = np.zeros(num_files, np.int64)
-    sizes[file] = table["file_size"].to_numpy()
+    sizes[file] = _numbers(table["file_size"])
     return tuple(sizes.tolist())
 
 
 def _text(table: Any, name: str) -> TextColumns:
     forms, form = _dictionary(table[f"{name}_text_form"])
-    offset, size = (_numbers(table, f"{name}_text_{what}") for what in ("at", "size"))
+    offset, size = (_whole(table, f"{name}_text_{what}") for what in ("at", "size"))
     return TextColumns(offset=offset, size=size, forms=forms, form=form)
 
 
-def _numbers(table: Any, name: str) -> NDArray[np.int64]:
+def _whole(table: Any, name: str) -> NDArray[np.int64]:
     column = table[name]
     if column.null_count:
         raise pa.ArrowInvalid(f"{column.null_count} of {len(table)} rows have no {name}")
-    return np.asarray(column.to_numpy(), dtype=np.int64)
+    return _numbers(column).astype(np.int64, copy=False)
 
 
 def _tensor(table: Any, name: str, store: Store, asked_for: Sequence[str] | None) -> TensorColumns | None:
@@ -266,8 +274,8 @@ def _tensor(table: Any, name: str, store: Store, asked_for: Sequence[str] | None
         else ((RAW,), np.zeros(len(table), np.int32))
     )
     return TensorColumns(
-        offset=_numbers(table, f"{name}_offset"),
-        size=_numbers(table, f"{name}_size"),
+        offset=_whole(table, f"{name}_offset"),
+        size=_whole(table, f"{name}_size"),
         shape=_shapes(table[f"{name}_shape"].combine_chunks(), f"{store.url}: {name}"),
         dtypes=dtypes,
         dtype=dtype,
@@ -279,8 +287,8 @@ def _tensor(table: Any, name: str, store: Store, asked_for: Sequence[str] | None
 def _shapes(column: Any, what: str) -> NDArray[np.int64]:
     if column.null_count:
         raise pa.ArrowInvalid(f"{what} has no shape in {column.null_count} of {len(column)} rows")
-    flat = column.flatten().to_numpy()
-    lengths = np.diff(column.offsets.to_numpy())
+    flat = _numbers(column.flatten())
+    lengths = np.diff(_numbers(column.offsets))
     if len(lengths) and (lengths != lengths[0]).any():
         raise UserError(f"{what} has {lengths.min()} to {lengths.max()} dimensions in one output")
     return np.asarray(flat, dtype=np.int64).reshape(len(lengths), -1)

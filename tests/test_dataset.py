@@ -708,6 +708,19 @@ def test_a_hundred_thousand_rows_take_little_memory(latents: Encoded, tmp_path: 
     assert float(done.stdout) < 80, done.stdout
 
 
+def test_reading_does_not_import_pandas(latents: Encoded) -> None:
+    """Arrow imports it, where it is installed, for ``pa.array``, ``to_numpy`` and more: half a second each time."""
+    code = (
+        "import sys\n"
+        "from streamprep.dataset import EncodedDataset\n"
+        f"assert len(list(EncodedDataset({str(latents.out)!r}, batch_size=4, captions='one')))\n"
+        "print('pandas' in sys.modules)\n"
+        "import pandas\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_open_and_resume_take_no_time_that_grows_with_what_was_read(latents: Encoded, tmp_path: Path) -> None:
     """The goal is 0.3 s for 100 000 rows; in CPU time, because the machine may be busy."""
     out = write_table_of(tmp_path / "large", latents.out, num_rows=100_000)
