@@ -27,7 +27,7 @@ from torch import Tensor
 from streamprep import canonical, exporting, job
 from streamprep.board import Board, BoardGone
 from streamprep.commit import Committer, give_way
-from streamprep.config import ConvertConfig, LatentSettings
+from streamprep.config import ConvertConfig
 from streamprep.errors import UserError
 from streamprep.finalize import Totals, is_finalized
 from streamprep.foreign import origin as foreign_origin
@@ -37,6 +37,8 @@ from streamprep.progress import count, size
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.sealed import Damaged, check_unconditional, check_validation
 from streamprep.session import Session, begin_session, end
+from streamprep.settings import LatentSettings
+from streamprep.signals import sigterm_asks
 from streamprep.storage import (
     NamedFile,
     NotWhole,
@@ -194,7 +196,7 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
         out.remove_unpublished()
         _copy_what_is_of_no_unit(conversion, current)
         if left:
-            _convert_units(conversion, current, session)
+            _convert_units(conversion, current, session, grace_seconds=config.grace_seconds)
         with Committer(current, open_writer=None, max_bad_fraction=None, board=session.board) as committer:
             return end(current, session, committer, anew=not left)
 
@@ -396,7 +398,7 @@ def _naming(store: Store, path: str) -> Iterator[None]:
         raise NotWhole(f"{store.url}/{path}", str(error)) from error
 
 
-def _convert_units(conversion: Conversion, current: Job, session: Session) -> None:
+def _convert_units(conversion: Conversion, current: Job, session: Session, *, grace_seconds: float) -> None:
     """Take units until all are settled, and convert and commit them."""
     units, out = conversion.units, current.store
     by_id = {unit.id: unit for unit in units}
@@ -404,7 +406,7 @@ def _convert_units(conversion: Conversion, current: Job, session: Session) -> No
     records = conversion.source.records
     rows = {unit: record.num_rows for unit, record in records.items()}
     claims = session.claims("convert", units, current, ahead=0)
-    with session.working(claims) as fleet:
+    with session.working(claims) as fleet, sigterm_asks(claims.stop, seconds=grace_seconds) as stop:
         fleet.begin(sum(rows[unit] for unit in by_id if unit not in left))
         for unit in claims:
             began = time.monotonic()
@@ -425,7 +427,9 @@ def _convert_units(conversion: Conversion, current: Job, session: Session) -> No
                 ours = give_way(current, ours)
             claims.finished(unit)
             fleet.committed(rows[unit], ours)
+            stop.obey()
             session.obey_others(current)
+        stop.obey()
         for line in describe_traffic(conversion.source.store, out):
             session.progress.message(line)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from streamprep import plugins
 from streamprep.buckets import Bucket, cropped_away, upscaling
 from streamprep.columns import ColumnTypes
-from streamprep.config import EncodeSettings
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.exporting import DEFAULT_DTYPE, DTYPE_BYTES, open_exporter, rows_share
@@ -21,6 +20,7 @@ from streamprep.manifest import Shards
 from streamprep.plan import ClipPlan, TextPlan, UnitPlan, explain, is_drop
 from streamprep.prepare import column_problem, open_filters, plan_shards, rules_of
 from streamprep.progress import count, size
+from streamprep.settings import EncodeSettings
 from streamprep.shards import ShardSample
 from streamprep.storage import is_remote, open_store
 

@@ -14,7 +14,7 @@ from typing import Any
 from streamprep import canonical, exporting, job
 from streamprep.buckets import parse_buckets
 from streamprep.columns import ColumnTypes
-from streamprep.config import EncodeConfig, EncodeSettings, LatentSettings
+from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.filters import Filters
@@ -22,6 +22,7 @@ from streamprep.job import Fingerprint, JobPlan, Unit
 from streamprep.manifest import Manifest, ShardInfo, Shards, load_indexes, read_index
 from streamprep.plan import SamplingRules, UnitPlan, explain, held_out_by, plan_unit, where_of
 from streamprep.progress import count, size
+from streamprep.settings import EncodeSettings, LatentSettings
 from streamprep.shards import ShardIndex, ShardSample
 from streamprep.storage import Store
 

@@ -19,7 +19,7 @@ from streamprep import job
 from streamprep.attempts import Attempts, Worker
 from streamprep.board import Board, BoardGone, open_board
 from streamprep.commit import Committer
-from streamprep.config import EncodeConfig, LaunchSettings, RetryConfig
+from streamprep.config import EncodeConfig, RetryConfig
 from streamprep.errors import BAD_REASONS, TooManyBadSamples, UnitsSetAside, UserError
 from streamprep.finalize import Totals, finalize, is_finalized, totals
 from streamprep.job import Job, JobPlan, Round, Unit, open_job
@@ -27,6 +27,7 @@ from streamprep.progress import count
 from streamprep.ranks import this_rank
 from streamprep.record import BadClip
 from streamprep.session import describe_failed, failed_units, tidy
+from streamprep.settings import LaunchSettings
 from streamprep.storage import open_store
 
 _ANEW = (

@@ -8,12 +8,13 @@ import os
 import torch
 
 from streamprep import job
-from streamprep.config import EncodeConfig, EncodeSettings
+from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.encoders import EncodeOptions, open_encoder
 from streamprep.errors import UserError
 from streamprep.progress import count
 from streamprep.ranks import this_rank
+from streamprep.settings import EncodeSettings
 from streamprep.storage import Store
 
 

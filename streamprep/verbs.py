@@ -9,12 +9,9 @@ from streamprep.board import Board, open_board
 from streamprep.config import (
     ConvertConfig,
     EncodeConfig,
-    EncodeSettings,
     FinalizeConfig,
     IndexConfig,
-    LaunchSettings,
     PackConfig,
-    PackSettings,
     PlanConfig,
     RetryConfig,
     RunConfig,
@@ -28,6 +25,7 @@ from streamprep.pack import pack as pack_dataset
 from streamprep.progress import by_reason, count, size
 from streamprep.ranks import this_rank
 from streamprep.session import check_worth_a_restart
+from streamprep.settings import EncodeSettings, LaunchSettings, PackSettings
 from streamprep.storage import open_spool, open_store
 
 if TYPE_CHECKING:

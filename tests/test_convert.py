@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from runs import Run
 from servers import Server
 
 from streamprep import cli, job
+from streamprep.config import ConvertConfig
 from streamprep.crashpoints import VARIABLE
+from streamprep.errors import UserError
 from streamprep.exporting import describe_loss
 from streamprep.job import INDEX, SUCCESS, Job, open_job
 from streamprep.storage import open_store
@@ -434,6 +437,41 @@ def test_ranks_of_a_launcher_share_it(forks: Forks, retried: Job, undisturbed: J
         run.lose_board()
     assert [rank.output.count(" rows, ") for rank in ranks] == [1, 0]
     assert result(open_job(open_store(tmp_path / "out"))) == result(undisturbed)
+
+
+def test_nproc_auto_is_for_gpus() -> None:
+    with pytest.raises(UserError, match="--nproc auto is one process for each GPU"):
+        ConvertConfig(source="out", out="new", exporter="webdataset", nproc="auto")
+
+
+def test_nproc_starts_ranks_and_starts_one_that_dies_again(forks: Forks, retried: Job, tmp_path: Path) -> None:
+    odd = ("--exporter=odd_exporter:open_shard", "--stale-seconds=1")
+    command = ("convert", retried.store.url, tmp_path / "out", *odd, "--nproc", 2)
+    done = forks.run(*command, environment={"ODD_UNITS": "000001=kill"})
+    assert done.code == 1, done.output  # that unit is set aside
+    assert "was killed by SIGKILL; it is started again" in done.output
+    assert {log.name[:9] for log in (tmp_path / "out/_streamprep/logs").iterdir()} == {"rank-0000", "rank-0001"}
+    again = forks.run(*command)
+    assert again.code == 0, again.output
+    current = open_job(open_store(tmp_path / "out"))
+    assert result(current) == result(retried)
+    assert verify_job(current).problems == []
+
+
+@pytest.mark.parametrize(("grace_seconds", "num_done"), [(30, 1), (0, 0)])
+def test_sigterm_finishes_the_unit_at_hand_and_takes_no_other(
+    grace_seconds: int, num_done: int, forks: Forks, retried: Job, tmp_path: Path
+) -> None:
+    units = ",".join(f"{unit}=sleep:5" for unit in [record.unit for record in retried.records()])
+    odd = ("--exporter=odd_exporter:open_shard", "--grace-seconds", grace_seconds)
+    process = forks.start("convert", retried.store.url, tmp_path / "out", *odd, environment={"ODD_UNITS": units})
+    attempts = tmp_path / "out/_streamprep/attempts"
+    process.wait_for(lambda: attempts.is_dir() and any(attempts.iterdir()))
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 4, process.output
+    assert len(list((tmp_path / "out/_streamprep/records").glob("*.json"))) == num_done
+    assert forks.run("convert", retried.store.url, tmp_path / "out", *odd).code == 0
+    assert result(open_job(open_store(tmp_path / "out"))) == result(retried)
 
 
 def test_a_unit_that_kills_every_rank_is_set_aside_and_tried_by_the_next_run(

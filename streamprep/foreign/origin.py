@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from streamprep import job
-from streamprep.config import EncodeSettings
 from streamprep.errors import UserError
 from streamprep.foreign import checks
 from streamprep.foreign.declared import DeclaredContract
@@ -26,6 +25,7 @@ from streamprep.job import JobPlan, Round, Unit
 from streamprep.plan import Excluded
 from streamprep.record import BadClip, Record
 from streamprep.row_index import TEXT
+from streamprep.settings import EncodeSettings
 from streamprep.storage import Store
 from streamprep.types import EncodedClip, EncodedSample, WrittenFile, WrittenRow
 

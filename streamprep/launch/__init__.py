@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from streamprep.config import LaunchSettings, PlanConfig
+from streamprep.config import PlanConfig
 from streamprep.ranks import this_rank
+from streamprep.settings import LaunchSettings, RankSettings
 
 
-def wants_launching(config: object) -> TypeGuard[LaunchSettings]:
+def wants_launching(config: object) -> TypeGuard[RankSettings]:
     """Whether a command is to run in several processes that nobody has started yet."""
-    if not isinstance(config, LaunchSettings) or isinstance(config, PlanConfig) or this_rank().launched:
+    if not isinstance(config, RankSettings) or isinstance(config, PlanConfig) or this_rank().launched:
         return False
-    return config.launcher == "ray" or config.nproc != "1"
+    return _is_for_ray(config) or config.nproc != "1"
 
 
-def launch(config: LaunchSettings, arguments: Sequence[str]) -> int:
+def launch(config: RankSettings, arguments: Sequence[str]) -> int:
     """Run a command in as many processes as it asks for.
 
     Args:
@@ -33,10 +34,14 @@ def launch(config: LaunchSettings, arguments: Sequence[str]) -> int:
     Raises:
         UserError: before anything is started.
     """
-    if config.launcher == "ray":
+    if _is_for_ray(config):
         from streamprep.launch.ray import launch_on_ray
 
         return launch_on_ray(config, arguments)
     from streamprep.launch.local import launch_locally
 
     return launch_locally(config, arguments)
+
+
+def _is_for_ray(config: RankSettings) -> TypeGuard[LaunchSettings]:
+    return isinstance(config, LaunchSettings) and config.launcher == "ray"

@@ -10,13 +10,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from streamprep.config import LaunchSettings
 from streamprep.errors import UserError
 from streamprep.launch.supervise import describe_code, open_own_board, supervise
 from streamprep.ranks import LAUNCHER, Rank
+from streamprep.settings import RankSettings
 
 
-def launch_locally(config: LaunchSettings, arguments: Sequence[str]) -> int:
+def launch_locally(config: RankSettings, arguments: Sequence[str]) -> int:
     """Start the ranks, start those that die again, and wait for all.
 
     Args:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from streamprep.attempts import Attempts, Worker
-from streamprep.config import LaunchSettings
 from streamprep.errors import Stopped, UserError, first_line
 from streamprep.job import FOLDER
 from streamprep.launch.actor import RankActor
 from streamprep.launch.supervise import describe_code, open_own_board, say, supervise
 from streamprep.ranks import TOKEN, Rank
+from streamprep.settings import LaunchSettings
 from streamprep.storage import open_store
 
 _CONNECT_SECONDS = 10.0

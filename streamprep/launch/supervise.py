@@ -15,10 +15,10 @@ from datetime import timedelta
 from typing import Protocol
 
 from streamprep.board import Board, StoreBoard
-from streamprep.config import LaunchSettings
 from streamprep.errors import Stopped
 from streamprep.progress import count
 from streamprep.ranks import SETTLED
+from streamprep.settings import RankSettings
 
 _POLL_SECONDS = 0.1
 _KILL_SECONDS = 10.0  # beyond the grace
@@ -41,7 +41,7 @@ class Started(Protocol):
         """See that it is gone."""
 
 
-def supervise(number: int, start: Callable[[int], Started], board: Board, config: LaunchSettings) -> int:
+def supervise(number: int, start: Callable[[int], Started], board: Board, config: RankSettings) -> int:
     """Start the ranks, start those that die again, and wait for all.
 
     Args:
