@@ -19,10 +19,10 @@ from streamprep import __version__
 from streamprep import config as configs
 from streamprep.errors import LatentMismatch, OutOfMemory, Stopped, TooManyBadSamples, UnitsSetAside, UserError
 from streamprep.launch import launch, wants_launching
-from streamprep.ranks import LAUNCHER, SETTLED, end_with_the_launcher
+from streamprep.ranks import LAUNCHER, NO_ANSWER, SETTLED, end_with_the_launcher
 from streamprep.settings_file import with_file_defaults
 from streamprep.signals import ends_in_time, signals_raise_stopped
-from streamprep.storage import is_remote
+from streamprep.storage import StoreError, is_remote
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
 """Exit codes."""
@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except StoreError as error:
+        return complain(str(error), NO_ANSWER if error.passing and LAUNCHER in os.environ else FAILED)
     except OSError as error:
         full = error.errno == errno.ENOSPC and (verb.resumable or _in_the_spool(config))
         then = "the same command goes on from here" if verb.resumable else "the same command will do"

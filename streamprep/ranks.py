@@ -18,6 +18,8 @@ AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Whether the launcher holds the store, ``True`` or not; else rank 0 does."""
 SETTLED = 70
 """A rank's exit code for our own launcher, in the place of 1: starting it again is of no use."""
+NO_ANSWER = 75
+"""The same: a store did not answer for longer than a request has patience, which may pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

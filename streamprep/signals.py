@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 from streamprep.errors import Stopped
 
@@ -20,6 +21,7 @@ _TIDYING_SECONDS = 10.0
 """To let go of what is open, after the grace; torchrun's agent kills its ranks after 30 seconds in all."""
 
 _asked: StopRequest | None = None
+_leaving = False
 
 
 @dataclass
@@ -89,11 +91,18 @@ def signals_raise_stopped(*, then: str) -> Iterator[None]:
     Args:
         then: What can be done afterwards, for the message.
     """
+    global _leaving
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     stopped_at: float | None = None
+    _leaving = False
+
+    def leave(message: str) -> NoReturn:
+        global _leaving
+        _leaving = True
+        raise Stopped(message)
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped_at
@@ -105,10 +114,10 @@ def signals_raise_stopped(*, then: str) -> Iterator[None]:
         stopped_at = time.monotonic()
         message = f"stopped by {signal.Signals(number).name}; {then}"
         if number != signal.SIGTERM or _asked is None:
-            raise Stopped(message)
+            leave(message)
 
         def too_late(number: int, frame: FrameType | None) -> None:
-            raise Stopped(message)
+            leave(message)
 
         signal.signal(signal.SIGALRM, too_late)
         signal.setitimer(signal.ITIMER_REAL, _asked.seconds)
@@ -123,6 +132,14 @@ def signals_raise_stopped(*, then: str) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in {**before, signal.SIGALRM: alarm}.items():
             signal.signal(number, handler)
+
+
+def is_leaving() -> bool:
+    """Whether a signal has made this process leave what it does: then none of its threads waits for what may not come.
+
+    A flag without a lock, as a handler sets it: the thread that it interrupts may hold one.
+    """
+    return _leaving
 
 
 @contextmanager

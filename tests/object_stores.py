@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,8 @@ from servers.fault_proxy import FaultProxy, fault_proxy
 from servers.moto import moto
 from servers.rclone import rclone
 from servers.seaweedfs import seaweedfs
+
+from streamprep.storage import patience
 
 PROVIDERS = ("AWS_", "GOOGLE_", "AZURE_", "AZURITE_", "HF_")
 
@@ -119,6 +122,15 @@ def point_at(tmp_path: Path) -> Iterator[Callable[[Mapping[str, str]], None]]:
 
         yield point
     read_hub_settings_anew()
+
+
+@pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits before a request is made again take no time here, but are counted as if they did; how long each was."""
+    waits: list[float] = []
+    monkeypatch.setattr(patience, "_now", lambda: time.monotonic() + sum(waits))
+    monkeypatch.setattr(patience, "_pause", lambda seconds: waits.append(seconds) or True)
+    return waits
 
 
 @pytest.fixture

@@ -368,7 +368,7 @@ def test_nproc_starts_ranks_and_starts_those_that_die_again(
     victim = Random(0).choice(rank_pids(job))
     os.kill(victim, signal.SIGKILL)
     assert launcher.wait() == 0, launcher.output
-    assert "was killed by SIGKILL; it is started again, 99 restarts left" in launcher.output
+    assert "was killed by SIGKILL; it is started again in 1 s, 99 restarts left" in launcher.output
     assert_done(job, undisturbed(slow_shards))
     launcher.wait_until_all_gone(seconds=10)
 

@@ -89,7 +89,7 @@ def test_an_actor_that_is_killed_is_replaced_and_its_units_are_taken_again(
     actor.kill()
     assert driver.wait() == 0, driver.output
     assert "has lost its Ray actor" in driver.output
-    assert "it is started again, 99 restarts left" in driver.output
+    assert "it is started again in 1 s, 99 restarts left" in driver.output
     assert not is_alive(rank)
     assert_done(job, undisturbed(slow_shards))
 

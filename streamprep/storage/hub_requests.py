@@ -7,9 +7,7 @@ an answer may take, or fetch whole files.
 
 from __future__ import annotations
 
-import itertools
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from errno import ENOENT
@@ -31,14 +29,13 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from streamprep import __version__
 from streamprep.errors import UserError, first_line
 from streamprep.storage.interface import FileEntry, StoreError, StoreStats
+from streamprep.storage.patience import Patience, patience_seconds
 from streamprep.storage.places import without_secrets
 
 REQUEST_SECONDS = 60.0
 """Without a byte; then a request is given up and sent again."""
-MAX_RETRIES = 5
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
-_PATIENCE_SECONDS = 330.0
-"""What a request may wait in all: the hub counts requests by windows of five minutes."""
+_LIMIT_SECONDS = 330.0
+"""How long a request may wait that the hub has asked to: it counts requests by windows of five minutes."""
 
 ERRORS = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
 """What huggingface_hub raises: the first is of the HTTP client that it uses, which is not the same in all versions;
@@ -283,20 +280,19 @@ class HubRequests:
 
     def asked(self, request: Callable[[], T], path: str) -> T:
         """What a request gives, which is made again while its trouble may pass; its errors become ours."""
-        waited = 0.0
-        for attempt in itertools.count():
+        patience = Patience()
+        while True:
             try:
                 result = request()
                 _answered.add(self.place.repository)
                 return result
             except ERRORS as error:
                 trouble = understand(error, self.place)
-                wait = trouble.wait_seconds or min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2**attempt)
-                if trouble.kind != "passing" or attempt == MAX_RETRIES or waited + wait > _PATIENCE_SECONDS:
+                heard = self.answered or getattr(error, "response", None) is not None
+                seconds = patience_seconds(heard=heard) if trouble.wait_seconds is None else _LIMIT_SECONDS
+                said = f"{self.place.url}: {trouble.what}"
+                if trouble.kind != "passing" or not patience.wait(said, seconds, at_least=trouble.wait_seconds):
                     self.fail(trouble, path)
-            time.sleep(wait)
-            waited += wait
-        raise AssertionError("unreachable")
 
     def fail(self, trouble: Trouble, path: str) -> NoReturn:
         """Raise what a trouble is for us."""

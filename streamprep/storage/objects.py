@@ -4,7 +4,11 @@ An object is whole when it can be seen, so nothing need be renamed: a file is bu
 uploaded under its final name, in parts if it is large. An upload that fails is aborted; what a killed process leaves of
 one is never seen, and the bucket's lifecycle rule for incomplete uploads removes it.
 
-Writing only if absent is a conditional put. It is sent once; where the reply is lost, what is there says who was first.
+Writing only if absent is a conditional put. If its reply is lost, what is there says who was first, before it is sent
+again.
+
+Trouble that may pass is asked away: every kind of request is made again until the time of `streamprep.storage.patience`
+is over, which is one for all that belongs to it.
 
 A client starts threads, so it does not survive a fork: each process makes its own when it first needs one.
 """
@@ -12,7 +16,6 @@ A client starts threads, so it does not survive a fork: each process makes its o
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +31,10 @@ import obstore.exceptions
 
 from streamprep.crashpoints import crash_point
 from streamprep.errors import UserError, first_line
+from streamprep.signals import is_leaving
 from streamprep.storage.interface import FileEntry, FileReplaced, Store, StoreError, StoreStats, parts_of
 from streamprep.storage.local import LocalFile
+from streamprep.storage.patience import Patience, patience_seconds
 from streamprep.storage.places import Place, check_not_forked, connect, without_secrets
 from streamprep.storage.ranged import RangedFile
 from streamprep.storage.spool import open_spool
@@ -47,13 +52,17 @@ _MULTIPART_ABOVE = 16 * 2**20
 _PART_BYTES = 8 * 2**20
 _MOST_PARTS = 9000  # S3 takes 10 000
 _PARTS_AT_ONCE = 4
-_ATTEMPTS = 3
-"""Of a whole upload; each request in it is sent again by the client first."""
+_UPLOADS = 2
+"""Of an object in parts, at least: it may take longer than the time for a request, and fail at the last."""
 _LIST_PAGE = 1000
 _PROBES = ".tmp"
 _LONGEST_PROBE = timedelta(hours=1)
 """It takes seconds; a clock may be wrong, and a probe that is removed too early tells lies."""
 _SPOOL_RESERVE_BYTES = 64 * 2**20
+
+
+_heard: set[tuple[str, str]] = set()
+"""Scheme and bucket of those that have answered this process, in whatever words: so somebody listens there."""
 
 
 class ObjectStore:
@@ -69,7 +78,7 @@ class ObjectStore:
         self.stats = StoreStats()
         self.spool = open_spool(spool_dir)
         self._lock = threading.Lock()
-        self._client: Client | None = None
+        self._clients: dict[bool, Client] = {}
         self._readers: ThreadPoolExecutor | None = None
         self._answered = False
         self._bucket_seen = False
@@ -82,7 +91,8 @@ class ObjectStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["place"], spool_dir=state["spool_dir"])  # type: ignore[misc]
-        self._answered = state["answered"]
+        if state["answered"]:
+            self._has_answered()
 
     @property
     def url(self) -> str:
@@ -101,10 +111,12 @@ class ObjectStore:
 
     def read(self, path: str) -> bytes:
         """The whole object; `FileNotFoundError` if there is none."""
+        return self._read(path, Patience())
+
+    def _read(self, path: str, patience: Patience) -> bytes:
         key = self._key(path)
-        with self._request(path) as client:
-            data = bytes(obstore.get(client, key).bytes())
-        self.stats.count("get", bytes_read=len(data))
+        data = self._ask("get", path, lambda client: bytes(obstore.get(client, key).bytes()), patience)
+        self.stats.count("get", number=0, bytes_read=len(data))
         return data
 
     def read_range(self, path: str, offset: int, size: int, *, version: str | None = None) -> bytes:
@@ -124,26 +136,33 @@ class ObjectStore:
             raise EOFError(f"{path} has {self.size_bytes(path)} bytes, {offset + size} were expected")
         return data
 
-    def _piece(self, path: str, offset: int, size: int, version: str | None = None) -> bytes:
+    def _piece(
+        self, path: str, offset: int, size: int, version: str | None = None, patience: Patience | None = None
+    ) -> bytes:
         """At most ``size`` bytes of an object that must still be of this version, if one is given."""
         key = self._key(path)
         wanted: Any = {"range": (offset, offset + size), **({"if_match": _entity_tag(version)} if version else {})}
         try:
-            with self._request(path) as client:
-                data = bytes(obstore.get(client, key, options=wanted).bytes())
+            data = self._ask(
+                "get", path, lambda client: bytes(obstore.get(client, key, options=wanted).bytes()), patience
+            )
         except _TooShort:
-            data = b""
-        self.stats.count("get", bytes_read=len(data))
+            return b""
+        self.stats.count("get", number=0, bytes_read=len(data))
         return data
 
     def open(self, path: str) -> BinaryIO:
         """A seekable file, read in ranges, more of them ahead the longer it is read in order."""
-        found = self._head(path)
+        return self._open(path)
+
+    def _open(self, path: str, patience: Patience | None = None) -> BinaryIO:
+        found = self._head(path, patience)
         version = found["e_tag"]
-        return cast(
-            BinaryIO,
-            RangedFile(found["size"], lambda offset, size: self._piece(path, offset, size, version), name=path),
-        )
+
+        def fetch(offset: int, size: int) -> bytes:
+            return self._piece(path, offset, size, version, patience)
+
+        return cast(BinaryIO, RangedFile(found["size"], fetch, name=path))
 
     def exists(self, path: str) -> bool:
         """Whether the object is there."""
@@ -170,13 +189,13 @@ class ObjectStore:
     def walk(self, folder: str = "") -> Iterator[FileEntry]:
         """All objects below a prefix, as they are listed."""
         start = f"{self._key(folder)}/" if folder else ""
-        seen, attempt = set[str](), 0
-        pages = self._pages(start)
+        seen = set[str]()
+        pages, patience = self._pages(start), Patience()
         while True:
             try:
                 page = next(pages, None)
             except StoreError as error:
-                if not error.passing or (attempt := attempt + 1) == _ATTEMPTS:
+                if not self._is_worth_another(error, patience):
                     raise
                 pages = self._pages(start)  # not from the last name on: not all stores list by name
                 continue
@@ -185,6 +204,8 @@ class ObjectStore:
             new = [_entry(one) for one in page if str(one["path"]) not in seen]
             seen.update(entry.path for entry in new)
             yield from (entry for entry in new if entry.path and entry.path.startswith(start))
+            if new:
+                patience = Patience()
 
     def _pages(self, start: str) -> Iterator[Any]:
         pages = obstore.list(self._connected(), start or None, chunk_size=_LIST_PAGE)  # asks nothing yet
@@ -240,7 +261,7 @@ class ObjectStore:
 
     def _create_until_refused(self, path: str) -> bool:
         """Whether an object cannot be created a second time; a try whose reply is lost tells nothing."""
-        times_created, tries = 0, 0
+        times_created, tries, patience = 0, 0, Patience()
         while times_created < 2:
             tries += 1
             try:
@@ -250,7 +271,7 @@ class ObjectStore:
             except obstore.exceptions.AlreadyExistsError:
                 return True
             except StoreError as error:
-                if not error.passing or tries == 2 * _ATTEMPTS:
+                if not self._is_worth_another(error, patience):
                     raise
             finally:
                 self._count_put(1)
@@ -295,22 +316,25 @@ class ObjectStore:
         """Write an object, in parts if it is large; a whole upload that failed is done again."""
         key, size = self._key(path), _size(source)
         part = max(_PART_BYTES, -(-size // _MOST_PARTS))
-        for attempt in range(_ATTEMPTS):
+        in_parts = size > _MULTIPART_ABOVE
+        tries, patience = 0, Patience()
+        while True:
+            tries += 1
             try:
-                with self._request(path, writes=True) as client:
+                with self._request(path, writes=True, in_parts=in_parts) as client:
                     obstore.put(
                         client,
                         key,
                         source,
-                        use_multipart=size > _MULTIPART_ABOVE,
+                        use_multipart=in_parts,
                         chunk_size=part,
                         max_concurrency=_PARTS_AT_ONCE,
                     )
                 break
             except StoreError as error:
-                if not error.passing or attempt == _ATTEMPTS - 1:
+                again = self._is_worth_another(error, patience) or (in_parts and error.passing and tries < _UPLOADS)
+                if not again or is_leaving():
                     raise
-                time.sleep(2**attempt)
         self._count_put(size, part)
         if (found := self.size_bytes(path)) != size:
             raise StoreError(self._url(path), f"{size} bytes were written, {found} are there")
@@ -324,13 +348,12 @@ class ObjectStore:
         by us (or by somebody who wrote the same: it makes no difference then), other bytes by another, and if there is
         nothing it is tried again. In one request, of which S3 takes 5 GB.
         """
-        key = self._key(path)
-        problem = StoreError(self._url(path), "other writers kept it busy", passing=True)
-        for attempt in range(_ATTEMPTS):
+        key, patience = self._key(path), Patience()
+        while True:
+            problem = StoreError(self._url(path), "other writers kept it busy", passing=True)
             try:
                 with self._request(path, writes=True) as client:
                     obstore.put(client, key, source, mode="create", use_multipart=False)
-                self._count_put(_size(source))
                 return True
             except obstore.exceptions.AlreadyExistsError:
                 pass
@@ -338,21 +361,22 @@ class ObjectStore:
                 if not error.passing:
                     raise
                 problem = error
-            self._count_put(_size(source))
-            there = self._is_there(path, source)
+            finally:
+                self._count_put(_size(source))
+            there = self._is_there(path, source, patience)
             if there is not None:
                 return there
-            time.sleep(0.2 * 2**attempt)
-        raise problem
+            if not self._is_worth_another(problem, patience):
+                raise problem
 
-    def _is_there(self, path: str, source: bytes | Path) -> bool | None:
+    def _is_there(self, path: str, source: bytes | Path, patience: Patience) -> bool | None:
         """Whether an object is this one; None if there is no object."""
         try:
             if isinstance(source, bytes):
-                return self.read(path) == source
-            if self.size_bytes(path) != _size(source):
+                return self._read(path, patience) == source
+            if int(self._head(path, patience)["size"]) != _size(source):
                 return False
-            with self.open(path) as theirs, open(source, "rb") as ours:
+            with self._open(path, patience) as theirs, open(source, "rb") as ours:
                 while data := ours.read(_PIECE_BYTES):
                     if theirs.read(len(data)) != data:
                         return False
@@ -360,51 +384,63 @@ class ObjectStore:
         except FileNotFoundError:
             return None
 
-    def _head(self, path: str) -> Any:
+    def _head(self, path: str, patience: Patience | None = None) -> Any:
         key = self._key(path)
-        with self._request(path) as client:
-            found = obstore.head(client, key)
-        self.stats.count("head")
-        return found
+        return self._ask("head", path, lambda client: obstore.head(client, key), patience)
 
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._ask("delete", path, lambda client: obstore.delete(client, path))
 
-    def _ask(self, kind: str, path: str, ask: Callable[[Client], T]) -> T:
-        """Make a request that does no harm when it is made twice.
+    def _ask(self, kind: str, path: str, ask: Callable[[Client], T], patience: Patience | None = None) -> T:
+        """Make a request that does no harm when it is made twice, until it is answered or it has been long enough.
 
-        The client does not send again what was cut off in the middle of a listing, nor a deletion, which is a POST.
+        Args:
+            kind: For the counts.
+            path: Of what.
+            ask: Makes it once, or as often as the client does by itself.
+            patience: Of what it belongs to; by default it is by itself.
         """
-        attempt = 0
+        patience = patience or Patience()
         while True:
-            attempt += 1
             try:
                 with self._request(path) as client:
                     return ask(client)
             except StoreError as error:
-                if not error.passing or attempt == _ATTEMPTS:
+                if not self._is_worth_another(error, patience):
                     raise
             finally:
                 self.stats.count(kind)
-            time.sleep(0.2 * 2**attempt)
+
+    def _is_worth_another(self, error: StoreError, patience: Patience) -> bool:
+        """Whether a request that has failed so is to be made again, after a moment."""
+        heard = self._answered or self._bucket in _heard
+        return error.passing and patience.wait(error, patience_seconds(heard=heard))
 
     def _count_put(self, size: int, part: int | None = None) -> None:
         number = 1 if part is None or size <= _MULTIPART_ABOVE else 2 + -(-size // part)
         self.stats.count("put", number=number, bytes_written=size)
 
     @contextmanager
-    def _request(self, path: str, *, writes: bool = False) -> Iterator[Client]:
+    def _request(self, path: str, *, writes: bool = False, in_parts: bool = False) -> Iterator[Client]:
         """Make one, in which obstore's errors become ours."""
-        client = self._connected()
+        client = self._connected(in_parts=in_parts)
         try:
             yield client
         except obstore.exceptions.AlreadyExistsError:
-            self._answered = True
+            self._has_answered()
             raise
         except ERRORS as error:
             self._raise(error, path, writes=writes)
+        self._has_answered()
+
+    def _has_answered(self) -> None:
         self._answered = True
+        _heard.add(self._bucket)
+
+    @property
+    def _bucket(self) -> tuple[str, str]:
+        return self.place.scheme, self.place.bucket
 
     def _raise(self, error: Exception, path: str, *, writes: bool) -> NoReturn:
         url = self._url(path)
@@ -416,6 +452,8 @@ class ObjectStore:
                 f"control character: rename it ({without_secrets(first_line(error))!r})"
             ) from None
         trouble = understand(error, self.place)
+        if trouble.answered:
+            _heard.add(self._bucket)
         if trouble.kind == "missing" and not writes:  # perhaps deleted between two halves of a reply that broke off
             self._check_bucket()
             raise FileNotFoundError(ENOENT, "there is no such object", url) from None
@@ -428,7 +466,7 @@ class ObjectStore:
             if not self._answered:
                 raise UserError(f"{url}: {trouble.what}") from None
             raise _Refused(url, trouble.what) from None
-        raise StoreError(url, trouble.what, passing=True) from None
+        raise StoreError(url, trouble.what, passing=trouble.kind != "other") from None
 
     def _check_bucket(self) -> None:
         """Of an object that is not there: is the bucket? A request for one object does not always say."""
@@ -446,12 +484,15 @@ class ObjectStore:
         self.stats.count("list")
         self._bucket_seen = True  # or it may not be listed, but was there to say so
 
-    def _connected(self) -> Client:
+    def _connected(self, *, in_parts: bool = False) -> Client:
+        """A client; for an upload in parts one that has all the patience: nobody else can send one part again."""
         check_not_forked()
         with self._lock:
-            if self._client is None:
-                self._client = connect(self.place)
-            return self._client
+            if in_parts not in self._clients:
+                self._clients[in_parts] = connect(
+                    self.place, retry_seconds=patience_seconds(heard=True) if in_parts else None
+                )
+            return self._clients[in_parts]
 
     def _reading(self) -> ThreadPoolExecutor:
         with self._lock:

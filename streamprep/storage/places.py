@@ -28,8 +28,8 @@ _OTHER_NAMES = {"s3a": "s3", "gcs": "gs", "azure": "az", "abfs": "az", "abfss": 
 REQUEST_SECONDS = 60.0
 """A request that takes longer, its body included, is given up and sent again: so a stalled one costs no more."""
 CONNECT_SECONDS = 10.0
-MAX_RETRIES = 5
-RETRY_SECONDS = 90.0
+MAX_RETRIES, RETRY_SECONDS = 3, 10.0
+"""What the client does by itself, within a second or two; `streamprep.storage.patience` is how long it is made to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,12 @@ def check_not_forked() -> None:
         )
 
 
-def connect(place: Place) -> Client:
+def connect(place: Place, *, retry_seconds: float | None = None) -> Client:
     """A client for a place; no request is made, unless a profile's credentials must be fetched.
+
+    Args:
+        place: Which.
+        retry_seconds: How long it sends a request again by itself; by default `MAX_RETRIES` times.
 
     Raises:
         UserError: if the settings of the environment cannot be used, or a profile is asked for that cannot be had.
@@ -114,7 +118,7 @@ def connect(place: Place) -> Client:
     import obstore.exceptions
     from obstore.store import AzureStore, GCSStore, HTTPStore
 
-    client_options, retry_config = _client_options(place, os.environ), _retry_config()
+    client_options, retry_config = _client_options(place, os.environ), _retry_config(retry_seconds)
     try:
         if place.scheme == "s3":
             return _connect_s3(place, client_options, retry_config)
@@ -240,13 +244,13 @@ def _client_options(place: Place, environment: Mapping[str, str]) -> ClientConfi
     return options
 
 
-def _retry_config() -> RetryConfig:
+def _retry_config(seconds: float | None) -> RetryConfig:
     return {
-        "max_retries": MAX_RETRIES,
-        "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+        "max_retries": MAX_RETRIES if seconds is None else 10_000,
+        "retry_timeout": timedelta(seconds=RETRY_SECONDS if seconds is None else seconds),
         "backoff": {
-            "init_backoff": timedelta(seconds=0.2),
-            "max_backoff": timedelta(seconds=15),
+            "init_backoff": timedelta(seconds=0.1),
+            "max_backoff": timedelta(seconds=5),
             "base": 3,
         },
     }

@@ -59,6 +59,7 @@ def running(
     is_ready: Callable[[Sequence[int]], bool],
     env: Mapping[str, str] | None = None,
     seconds: float = 60,
+    ports: Sequence[int] = (),
 ) -> Iterator[list[int]]:
     """Run a server while the context is open, and give its ports.
 
@@ -71,18 +72,19 @@ def running(
         is_ready: Whether it answers; asked until it does.
         env: Added to the environment.
         seconds: How long it may take to start.
+        ports: Those that it had before, and that its clients know; by default free ones.
     """
     for attempt in range(1, ATTEMPTS + 1):  # another program may have taken a port in between
-        ports = free_ports(num_ports)
-        process = _start(command(ports), log, env or {})
+        chosen = list(ports) or free_ports(num_ports)
+        process = _start(command(chosen), log, env or {})
         try:
-            if _becomes_ready(process, lambda ports=ports: is_ready(ports), seconds):  # type: ignore[misc]
-                yield ports
+            if _becomes_ready(process, lambda chosen=chosen: is_ready(chosen), seconds):  # type: ignore[misc]
+                yield chosen
                 return
         finally:
             _kill(process)
         if process.returncode == -signal.SIGKILL or attempt == ATTEMPTS:
-            raise NotStartedError(f"{command(ports)[0]} is not there after {seconds} s:\n{_tail(log)}")
+            raise NotStartedError(f"{command(chosen)[0]} is not there after {seconds} s:\n{_tail(log)}")
 
 
 def answers(port: int, path: str = "/") -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,18 +32,62 @@ PORTS = (
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[Server]:
     """Run it; log and objects go to ``folder``, and the objects are removed at the end."""
-    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as data:
-        identities = Path(data, "s3.json")
-        identities.write_text(json.dumps(IDENTITIES))
-        with running(
-            lambda ports: _command(data, identities, ports),
-            num_ports=len(PORTS),
-            log=folder / "seaweedfs.log",
-            is_ready=lambda ports: answers(ports[0]) and takes_an_object(s3_env(_url(ports))),
-            env=ONE_VOLUME_A_BUCKET,
-        ) as ports:
-            env = s3_env(_url(ports))
-            yield Server(name="seaweedfs", url=_url(ports), root="s3://", env=env, create_bucket=bucket_maker(env))
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as data, _running(Path(data), folder) as ports:
+        yield _server(ports)
+
+
+class MortalSeaweedFS:
+    """One that can be killed, and started again with the same objects at the same address; a context manager.
+
+    Args:
+        folder: For its log and objects.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports: list[int] = []
+        self._life = ExitStack()
+        (folder / "data").mkdir()
+
+    def __enter__(self) -> MortalSeaweedFS:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def server(self) -> Server:
+        """How it is found."""
+        return _server(self._ports)
+
+    def start(self) -> None:
+        """Until it takes objects."""
+        self._ports = self._life.enter_context(_running(self._folder / "data", self._folder, self._ports))
+
+    def kill(self) -> None:
+        """By SIGKILL: then nobody listens."""
+        self._life.close()
+
+
+@contextmanager
+def _running(data: Path, logs: Path, ports: Sequence[int] = ()) -> Iterator[list[int]]:
+    identities = data / "s3.json"
+    identities.write_text(json.dumps(IDENTITIES))
+    with running(
+        lambda ports: _command(str(data), identities, ports),
+        num_ports=len(PORTS),
+        log=logs / "seaweedfs.log",
+        is_ready=lambda ports: answers(ports[0]) and takes_an_object(s3_env(_url(ports))),
+        env=ONE_VOLUME_A_BUCKET,
+        ports=ports,
+    ) as chosen:
+        yield chosen
+
+
+def _server(ports: Sequence[int]) -> Server:
+    env = s3_env(_url(ports))
+    return Server(name="seaweedfs", url=_url(ports), root="s3://", env=env, create_bucket=bucket_maker(env))
 
 
 def _url(ports: Sequence[int]) -> str:

@@ -42,15 +42,14 @@ store.publish_all(leave_out=["_streamprep/attempts"])
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_waits: list[float]) -> list[float]:
     """Seconds instead of minutes, a cache of our own, nothing that an earlier test's process knows; the waits."""
-    waits: list[float] = []
     monkeypatch.setattr(hub_requests, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("time.sleep", no_waits.append)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(hub_requests, "_answered", set())
     _pins.clear()
-    return waits
+    return no_waits
 
 
 @pytest.fixture
@@ -223,6 +222,25 @@ def test_reads_are_sent_again(url: str, proxy: FaultProxy, fault: Fault, what: s
     assert [entry.path for entry in store.list()] == ["a.json"]
     assert store.read("a.json") == b"0123456789" * 100
     assert rule.hits == 2
+
+
+def test_a_hub_that_is_away_is_waited_for(url: str, proxy: FaultProxy, impatient: list[float]) -> None:
+    add(url, {"a": b"1"})
+    store = open_hub(url)
+    assert store.read("a") == b"1"
+    rule = proxy.inject("^GET .*/resolve/", Reset(), times=15)
+    assert store.read("a") == b"1"
+    assert rule.hits == 15 and 30 < sum(impatient) < 90
+    impatient.clear()
+    with proxy.refusing(), pytest.raises(StoreError, match="did not answer as it should"):
+        store.read("a")
+    assert 60 < sum(impatient) <= 90
+
+
+def test_a_hub_that_has_never_answered_is_given_up_sooner(url: str, proxy: FaultProxy, impatient: list[float]) -> None:
+    with proxy.refusing(), pytest.raises(StoreError, match="did not answer as it should"):
+        open_hub(url).read("a")
+    assert 5 < sum(impatient) <= 15
 
 
 def test_the_hub_says_how_long_to_wait(url: str, proxy: FaultProxy, impatient: list[float]) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from object_stores import Faulty, NewBucket
 from servers import Server
 from servers.fault_proxy import FaultProxy
 from servers.faults import Answer, CutReply, Fault, Flip, LoseReply, Reset, StallReply
+from servers.s3_buckets import unfinished_uploads
 
 from streamprep.claims import is_to_blame
 from streamprep.errors import UserError
 from streamprep.shards import Member, read_member
-from streamprep.storage import StoreError, check_writable, open_store, places
+from streamprep.storage import StoreError, check_writable, objects, open_store, patience, places
 from streamprep.storage.objects import ObjectStore
 
 pytest_plugins = ["object_stores"]
@@ -33,12 +35,12 @@ LARGE = bytes(range(256)) * 2**16 + b"end"
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Seconds instead of minutes, and a spool of our own."""
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_waits: list[float]) -> list[float]:
+    """Seconds instead of minutes, and a spool of our own; what would have been waited."""
     monkeypatch.setattr(places, "REQUEST_SECONDS", 3.0)
-    monkeypatch.setattr(places, "MAX_RETRIES", 3)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(places, "MAX_RETRIES", 1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return no_waits
 
 
 @pytest.fixture
@@ -159,7 +161,123 @@ def test_a_lost_reply_that_was_never_a_request_is_asked_again(bucket: tuple[Obje
     assert store.read("record") == b"ours"
 
 
+def test_each_kind_of_request_outlasts_a_store_that_is_away(
+    moto_server: Server, new_bucket: NewBucket, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no patience but the client's, which gives up after half a second here."""
+    monkeypatch.undo()
+    monkeypatch.setattr(places, "MAX_RETRIES", 1)
+    url = new_bucket(moto_server)
+    _, proxy = faulty(moto_server)
+    store = open_store(f"{url}/place")
+    assert isinstance(store, ObjectStore)
+    for name in ("there", "away"):
+        store.put(name, b"0123456789", step="data")
+    requests: dict[str, Callable[[], object]] = {
+        "get": lambda: store.read("there"),
+        "get range": lambda: store.read_range("there", 2, 3),
+        "get ranges side by side": lambda: store.open("there").read(),
+        "head": lambda: store.size_bytes("there"),
+        "list": lambda: [entry.path for entry in store.list(prefix="the")],
+        "walk": lambda: "there" in {entry.path for entry in store.walk()},
+        "put": lambda: store.put("small", b"1", step="data"),
+        "put in parts": lambda: publish(store, "large", LARGE),
+        "create": lambda: store.put_if_absent("record", b"ours", step="record"),
+        "create a file": lambda: publish(store, "file", b"ours", replace=False),
+        "probe": lambda: store.check_create_only(),
+        "delete": lambda: store.delete("away", step="delete"),
+    }
+    with ThreadPoolExecutor(len(requests)) as pool:
+        with proxy.refusing():
+            replies = {kind: pool.submit(request) for kind, request in requests.items()}
+            time.sleep(4.0)
+            assert not [kind for kind, reply in replies.items() if reply.done()]
+        assert {kind: reply.result(timeout=30) for kind, reply in replies.items()} == {
+            "get": b"0123456789",
+            "get range": b"234",
+            "get ranges side by side": b"0123456789",
+            "head": 10,
+            "list": ["there"],
+            "walk": True,
+            "put": None,
+            "put in parts": True,
+            "create": True,
+            "create a file": True,
+            "probe": True,
+            "delete": None,
+        }
+    assert store.read("large") == LARGE and store.read("record") == store.read("file") == b"ours"
+    assert not store.exists("away")
+    assert unfinished_uploads(moto_server.env, url) == []
+
+
 # --- trouble that stays
+
+
+@pytest.mark.parametrize("kind", ["get", "put", "create", "list", "delete", "walk"])
+def test_a_request_that_stalls_has_one_time_for_all_that_belongs_to_it(
+    kind: str, bucket: tuple[ObjectStore, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, proxy = bucket
+    monkeypatch.setattr(places, "REQUEST_SECONDS", 0.6)
+    monkeypatch.setattr(places, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 2.0)
+    requests: dict[str, Callable[[], object]] = {
+        "get": lambda: store.read("there"),
+        "put": lambda: store.put("small", b"1", step="data"),
+        "create": lambda: store.put_if_absent("record", b"ours", step="record"),
+        "list": lambda: list(store.list()),
+        "delete": lambda: store.delete("there", step="delete"),
+        "walk": lambda: list(store.walk()),
+    }
+    store._clients.clear()
+    before = len(proxy.requests)
+    proxy.inject("", StallReply(30, at=0))
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="did not answer as it should"):
+        requests[kind]()
+    assert time.monotonic() - began < 2.0 + 2 * 0.6
+    assert 2 <= len(proxy.requests) - before <= 4
+
+
+def test_a_store_that_has_never_answered_is_given_up_sooner(
+    bucket: tuple[ObjectStore, FaultProxy], impatient: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, proxy = bucket
+    monkeypatch.setattr(places, "MAX_RETRIES", 0)
+    store._clients.clear()
+    waited = []
+    with proxy.refusing():
+        for one in (store, open_store(store.url), pickle.loads(pickle.dumps(store))):
+            impatient.clear()
+            with pytest.raises(StoreError, match="Connection refused"):
+                one.read("there")
+            waited.append(sum(impatient))
+        assert all(60 < seconds <= patience.PATIENCE_SECONDS for seconds in waited)
+        monkeypatch.setattr(objects, "_heard", set())
+        impatient.clear()
+        with pytest.raises(StoreError, match="Connection refused"):
+            open_store(store.url).read("there")
+        assert 5 < sum(impatient) <= patience.FIRST_PATIENCE_SECONDS
+    proxy.inject("", Answer(503))  # whoever says so is there
+    impatient.clear()
+    with pytest.raises(StoreError, match="503"):
+        open_store(store.url).read("there")
+    assert sum(impatient) > 60
+
+
+def test_an_answer_that_no_repetition_changes_is_taken_at_once(
+    bucket: tuple[ObjectStore, FaultProxy], impatient: list[float]
+) -> None:
+    store, proxy = bucket
+    for answer in (Answer(400, code="KeyTooLongError"), Answer(403)):
+        proxy.inject("", answer)
+        for request in (store.read, store.size_bytes, lambda name: store.put(name, b"", step="data")):
+            with pytest.raises(StoreError) as caught:
+                request("there")
+            assert not caught.value.passing
+        proxy.clear()
+    assert impatient == []
 
 
 def test_trouble_that_stays_is_the_machines_and_not_the_samples(bucket: tuple[ObjectStore, FaultProxy]) -> None:
@@ -202,7 +320,7 @@ def test_what_another_removes_as_soon_as_it_is_written_was_written(bucket: tuple
 
 def test_a_whole_upload_is_done_again(bucket: tuple[ObjectStore, FaultProxy]) -> None:
     store, proxy = bucket
-    proxy.inject("^PUT .*partNumber=2", Answer(503), times=places.MAX_RETRIES + 1)
+    proxy.inject("^PUT .*partNumber=2", Answer(404, code="NoSuchUpload"), times=1)
     publish(store, "large", LARGE)
     assert kinds(proxy)["start multipart"] == 2
     assert store.read("large") == LARGE
