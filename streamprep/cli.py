@@ -22,7 +22,7 @@ from streamprep.launch import launch, wants_launching
 from streamprep.ranks import LAUNCHER, NO_ANSWER, SETTLED, end_with_the_launcher
 from streamprep.settings_file import with_file_defaults
 from streamprep.signals import ends_in_time, signals_raise_stopped
-from streamprep.storage import StoreError, is_remote
+from streamprep.storage import StoreError, check_spool_dir, is_remote
 
 DONE, FAILED, WRONG_USAGE, TOO_MANY_BAD, STOPPED = range(5)
 """Exit codes."""
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if wants_launching(config):
                 return launch(config, arguments)
             end_with_the_launcher()
+            check_spool_dir(getattr(config, "spool_dir", None))  # not a launcher's: ranks are where it must be
             module, _, function = verb.run.partition(":")
             with ends_in_time(code=STOPPED, then=then):
                 return int(getattr(importlib.import_module(module), function)(config))

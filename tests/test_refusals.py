@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from streamprep.cli import main
+from streamprep.cli import VERBS, main
 from streamprep.config import EncodeConfig
 from streamprep.errors import Stopped, UserError
 from streamprep.progress import count
 from streamprep.sampling import window_starts
+from streamprep.storage import check_spool_dir
 from streamprep.where import Where
 
 
@@ -96,6 +98,57 @@ def test_a_setting_of_another_type_is_refused_with_its_file(
     (tmp_path / "job.toml").write_text(setting)
     assert main(["plan", "shards", "--model-path", "m", "--config", str(tmp_path / "job.toml")]) == 2
     assert f"job.toml: {message}" in capsys.readouterr().err
+
+
+WITH_A_SPOOL = {
+    "pack": ("pack", "{dataset}", "{out}"),
+    "plan": ("plan", "{dataset}", "--model-path", "no-such-model"),
+    "encode": ("encode", "{dataset}", "{out}", "--model-path", "no-such-model"),
+    "run": ("run", "{dataset}", "{out}", "--model-path", "no-such-model"),
+    "retry": ("retry", "{out}"),
+    "convert": ("convert", "{dataset}", "{out}", "--exporter", "webdataset"),
+    "status": ("status", "{out}"),
+    "verify": ("verify", "{out}"),
+    "finalize": ("finalize", "{out}"),
+}
+
+
+def test_all_verbs_with_a_spool_are_below() -> None:
+    with_a_spool = {verb for verb, one in VERBS.items() if "spool_dir" in {field.name for field in fields(one.config)}}
+    assert with_a_spool == set(WITH_A_SPOOL)
+
+
+@pytest.mark.parametrize("verb", WITH_A_SPOOL)
+@pytest.mark.parametrize(
+    ("spool", "message"),
+    [
+        ("{tmp}/no/spool", "cannot be made: there is no folder {tmp}/no;"),
+        ("{tmp}/file", "is no folder;"),
+        ("{tmp}/file/spool", "cannot be made: there is no folder {tmp}/file;"),
+        ("{tmp}/link-to-nothing", "is no folder;"),
+        ("/sys", ": no file can be made in /sys: "),
+        ("/sys/spool", ": no file can be made in /sys: "),
+    ],
+)
+def test_a_spool_that_cannot_be_is_refused_before_anything_else(
+    verb: str, spool: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link-to-nothing").symlink_to("nothing")
+    before = sorted(tmp_path.iterdir())
+    arguments = [each.format(dataset=tmp_path / "dataset", out=tmp_path / "out") for each in WITH_A_SPOOL[verb]]
+    spool, message = spool.format(tmp=tmp_path), message.format(tmp=tmp_path)
+    assert main([*arguments, "--spool-dir", spool]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"streamprep: --spool-dir {spool}") and message in said.err
+    assert not said.out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_spool_that_can_be_is_not_made_by_looking(tmp_path: Path) -> None:
+    for spool in (None, str(tmp_path), str(tmp_path / "new")):
+        check_spool_dir(spool)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("expression", ["1=1) or (1=1", "(fps > 1", "fps > 1)", "')' = ')' and (1"])

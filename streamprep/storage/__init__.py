@@ -17,7 +17,7 @@ from streamprep.errors import UserError
 from streamprep.progress import count, size
 from streamprep.storage.interface import FileEntry, FileReplaced, PendingFile, Store, StoreError, StoreStats
 from streamprep.storage.local import LocalStore
-from streamprep.storage.spool import NamedFile, NotWhole, SpoolError, open_spool, whole_file
+from streamprep.storage.spool import NamedFile, NotWhole, SpoolError, check_spool_dir, open_spool, whole_file
 
 __all__ = [
     "FileEntry",
@@ -30,6 +30,7 @@ __all__ = [
     "Store",
     "StoreError",
     "StoreStats",
+    "check_spool_dir",
     "check_writable",
     "describe_staging",
     "describe_traffic",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from streamprep.errors import UserError
 from streamprep.progress import size
 from streamprep.storage.interface import Store
 from streamprep.storage.local import LocalStore
@@ -66,6 +67,30 @@ def open_spool(spool_dir: str | None = None) -> LocalStore:
         spool_dir: In which it is; by default that for temporary files.
     """
     return LocalStore(Path(spool_dir or tempfile.gettempdir()) / f"streamprep-spool-{os.getuid()}")
+
+
+def check_spool_dir(folder: str | None) -> None:
+    """Refuse a folder for the spool in which no file can be made: it would show when the first one is.
+
+    Args:
+        folder: The user's, which need not exist if the one that it is in does; None is none of his.
+
+    Raises:
+        UserError: saying why.
+    """
+    if folder is None:
+        return
+    path = Path(folder)
+    is_there = os.path.lexists(path)
+    there = path if is_there else path.absolute().parent
+    if not there.is_dir():
+        what = "is no folder" if is_there else f"cannot be made: there is no folder {there}"
+        raise UserError(f"--spool-dir {folder} {what}; name one of this machine's")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # of which more is said when more is known
+            raise UserError(f"--spool-dir {folder}: no file can be made in {there}: {error.strerror}") from error
 
 
 @contextmanager
