@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 from streamprep import canonical
@@ -62,8 +63,7 @@ def pack(config: PackConfig, *, board: Board | None = None, stale_seconds: float
         OSError: if the machine fails; calling again goes on from there.
     """
     store = open_store(config.shards, spool_dir=config.spool_dir)
-    if not config.dataset.startswith("hf://") and store.same_place(open_store(config.dataset)):
-        raise UserError(f"{config.shards} is the dataset itself: pack into another folder")
+    _check_is_not_the_dataset(store, config)
     options = SourceOptions(
         video_column=config.video_column,
         caption_column=config.caption_column,
@@ -163,6 +163,22 @@ def record_listing(store: Store, options: Mapping[str, Any], listing: Listing) -
     if listing.skipped and not store.exists(SKIPPED):
         lines = [canonical.to_json(dataclasses.asdict(skipped)) + b"\n" for skipped in listing.skipped]
         store.put(SKIPPED, b"".join(lines), step="skipped")
+
+
+def _check_is_not_the_dataset(store: Store, config: PackConfig) -> None:
+    dataset, to_the_hub = config.dataset, store.url.startswith("hf://")
+    if config.dataset_type == "hf" and re.fullmatch(r"[^/:]+/[^/]+", dataset) and not Path(dataset).exists():
+        dataset = f"hf://datasets/{dataset}"
+    if dataset.startswith("hf://") and not to_the_hub:
+        return
+    source = open_store(dataset)
+    if store.same_place(source):
+        raise UserError(f"{config.shards} is the dataset itself: pack into another folder")
+    if to_the_hub and store.url.startswith(f"{source.url}/"):
+        raise UserError(
+            f"{config.shards} is in the dataset {dataset}, which is downloaded whole, shards included, whenever it is "
+            "packed: pack into another repository, or into a folder beside that of the videos"
+        )
 
 
 def _check_nothing_of_others(store: Store) -> None:

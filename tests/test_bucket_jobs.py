@@ -540,6 +540,56 @@ def test_a_full_spool_says_where_it_is_and_the_same_command_goes_on_with_more_ro
 # --- the Hugging Face hub
 
 
+@pytest.mark.parametrize(
+    ("dataset", "shards", "said"),
+    [
+        ("{url}", "{url}", "is the dataset itself"),
+        ("{url}/", "{url}@main", "is the dataset itself"),
+        ("{url}/raw", "{url}/raw/", "is the dataset itself"),
+        ("{url}", "{url}/shards", "is in the dataset"),
+        ("{url}/raw", "{url}/raw/a/b", "is in the dataset"),
+        ("{name}", "{url}", "is the dataset itself"),
+        ("{name}", "{url}/shards", "is in the dataset"),
+    ],
+)
+def test_a_dataset_of_the_hub_is_not_packed_into_itself(
+    dataset: str,
+    shards: str,
+    said: str,
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    faulty: Faulty,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    url = new_bucket(fake_hf_server)
+    _, proxy = faulty(fake_hf_server)
+    names = {"url": url, "name": url.removeprefix("hf://datasets/")}
+    layout = ("--dataset-type", "hf") if "name" in dataset else ()
+    refused = run_cli("pack", dataset.format(**names), shards.format(**names), *layout)
+    assert refused.returncode == 2
+    assert said in refused.output
+    assert not proxy.requests and not staged(temporary)
+
+
+def test_a_dataset_of_the_hub_is_packed_into_a_folder_beside_it(
+    fake_hf_server: Server,
+    new_bucket: NewBucket,
+    local_job: tuple[Store, Store],
+    dataset: Path,
+    run_cli: RunCli,
+    temporary: Path,
+) -> None:
+    url = new_bucket(fake_hf_server)
+    raw = open_store(f"{url}/raw")
+    for path in dataset.rglob("*.*"):
+        raw.put(path.relative_to(dataset).as_posix(), path.read_bytes(), step="data")
+    raw.publish_all()
+    done(pack(run_cli, f"{url}/raw", f"{url}/raw-shards"))  # type: ignore[arg-type]
+    packed = contents(open_store(f"{url}/raw-shards"), "")
+    assert {**packed, "pack.json": b""} == {**contents(local_job[0], ""), "pack.json": b""}  # it has the versions
+
+
 def staged(temporary: Path) -> list[str]:
     """What is left of what was to be published, locks aside."""
     folder = temporary / "caches/streamprep/staging"
