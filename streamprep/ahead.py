@@ -13,7 +13,7 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 _LEAVE_SECONDS = 5.0
-"""What is being fetched when the rest is not wanted any more is waited for, but not for ever."""
+"""What is under way when the rest is not wanted any more is waited for, but not for ever."""
 
 
 def fetch_ahead(
@@ -28,7 +28,8 @@ def fetch_ahead(
     """Each job with what was fetched for it, in the order of the jobs.
 
     The jobs are taken by a thread of their own: one that is long in coming holds up nothing that is there already.
-    Leaving early waits for a moment for what is under way, and fetches nothing more.
+    Leaving early, by an error or because the rest is not wanted, closes the jobs if they are a generator, waits for a
+    moment for what is under way, and fetches nothing more.
 
     Args:
         jobs: Taken as far ahead as there is room.
@@ -53,7 +54,7 @@ def fetch_ahead(
     finally:
         work.stop()
         deadline = time.monotonic() + _LEAVE_SECONDS
-        for thread in threads[1:]:
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -104,9 +105,13 @@ class _Work(Generic[J, R]):
     def take_jobs(self) -> None:
         """Hand the jobs to the fetching threads, as there is room."""
         try:
-            for job in self._jobs:
-                if not self._hand_over(_Slot(job, self._size_bytes(job))):
-                    return
+            try:
+                for job in self._jobs:
+                    if not self._hand_over(_Slot(job, self._size_bytes(job))):
+                        return
+            finally:
+                if isinstance(self._jobs, Generator):
+                    self._jobs.close()
         except BaseException as error:  # noqa: BLE001 - raised where the jobs end
             self._failed = error
         finally:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamprep import ahead
 from streamprep.ahead import fetch_ahead
 
 SOON = 10.0
@@ -111,6 +112,28 @@ def test_what_the_jobs_raise_comes_after_those_before() -> None:
         next(fetched)
 
 
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fetch-ahead")]
+
+
+class Source:
+    """Numbers without end, from a generator that says when it was closed."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.closed = threading.Event()
+        self._fails_at = fails_at
+
+    def numbers(self) -> Iterator[int]:
+        try:
+            for number in count():
+                if number == self._fails_at:
+                    raise ValueError("no more")
+                yield number
+        finally:
+            time.sleep(0.1)  # so that who does not wait is gone before
+            self.closed.set()
+
+
 def test_leaving_early_begins_nothing_more_and_leaves_no_thread() -> None:
     begun = []
 
@@ -118,10 +141,81 @@ def test_leaving_early_begins_nothing_more_and_leaves_no_thread() -> None:
         begun.append(number)
         return number
 
-    before = threading.active_count()
-    fetched = fetch_ahead(count(), fetch, size_bytes=lambda _: 1, max_bytes=10, num_threads=3)
+    source = Source()
+    fetched = fetch_ahead(source.numbers(), fetch, size_bytes=lambda _: 1, max_bytes=10, num_threads=3)
     next(fetched)
     assert until(lambda: len(begun) == 6)  # there is no room for more
+    assert own_threads()
     fetched.close()
-    assert until(lambda: threading.active_count() == before)
+    assert own_threads() == [] and source.closed.is_set()
     assert len(begun) == 6
+
+
+def test_an_error_of_the_consumer_ends_all_threads() -> None:
+    source = Source()
+    fetched = fetch_ahead(source.numbers(), str, size_bytes=lambda _: 1, max_bytes=10, num_threads=3)
+    with pytest.raises(ArithmeticError), closing(fetched):
+        for number, _ in fetched:
+            if number == 20:
+                raise ArithmeticError
+    assert own_threads() == [] and source.closed.is_set()
+
+
+def test_an_error_of_a_fetch_ends_all_threads() -> None:
+    source = Source()
+    fetched = fetch_ahead(
+        source.numbers(), lambda number: 1 // (5 - number), size_bytes=lambda _: 1, max_bytes=10, num_threads=3
+    )
+    with pytest.raises(ZeroDivisionError):
+        list(fetched)
+    assert own_threads() == [] and source.closed.is_set()
+
+
+@pytest.mark.parametrize("where", ["jobs", "size"])
+def test_an_error_of_the_source_ends_all_threads(where: str) -> None:
+    source = Source(fails_at=7 if where == "jobs" else None)
+    fetched = fetch_ahead(
+        source.numbers(),
+        str,
+        size_bytes=lambda number: 1 // (7 - number) if where == "size" else 1,
+        max_bytes=10,
+        num_threads=3,
+    )
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        list(fetched)
+    assert own_threads() == [] and source.closed.is_set()
+
+
+def test_jobs_that_end_badly_when_they_are_closed_end_all_the_same() -> None:
+    def jobs() -> Iterator[int]:
+        try:
+            yield from count()
+        finally:
+            raise OSError("not so")
+
+    fetched = fetch_ahead(jobs(), str, size_bytes=lambda _: 1, max_bytes=10, num_threads=3)
+    assert next(fetched) == (0, "0")
+    fetched.close()
+    assert own_threads() == []
+
+
+def test_a_source_that_hangs_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_LEAVE_SECONDS", 0.3)
+    come_on, closed = threading.Event(), threading.Event()
+
+    def jobs() -> Iterator[int]:
+        try:
+            yield 0
+            assert come_on.wait(SOON)
+            yield 1
+        finally:
+            closed.set()
+
+    fetched = fetch_ahead(jobs(), str, size_bytes=lambda _: 1, max_bytes=10, num_threads=3)
+    assert next(fetched) == (0, "0")
+    began = time.monotonic()
+    fetched.close()
+    assert time.monotonic() - began < 3
+    assert own_threads() == ["fetch-ahead-jobs"] and not closed.is_set()
+    come_on.set()
+    assert until(lambda: own_threads() == []) and closed.is_set()
