@@ -351,10 +351,12 @@ class Claims:
                 self._attempts.withdraw(attempt)
                 continue
             blamed = number == 0 and not self._fault_known and error is not None and is_to_blame(error)
-            with suppress(OSError):  # a full disk: then our end is seen from our being gone
+            try:
                 self._attempts.end(attempt, what_happened(error) if blamed and error else Ended(how="stopped"))
                 if blamed and self._attempts.is_failed(attempt.unit):
                     self._tell_settled(attempt)
+            except OSError:  # a full disk, a bucket that is away: then our end is seen from our being gone
+                break
 
     def _tell_settled(self, attempt: Attempt) -> None:
         """For the launcher, who gives a rank up that dies again and again without getting anywhere."""

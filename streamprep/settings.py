@@ -241,7 +241,7 @@ class RankSettings(StoreSettings):
     nproc: str = "1"
     """Processes (ranks) to start: a number, or auto: one for each GPU of this machine (of the cluster, with Ray)."""
     max_restarts: int = 100
-    """How often processes that die are started again, in all."""
+    """How often processes that die are started again, in all, but for those whose bucket does not answer."""
     grace_seconds: float = 20.0
     """On SIGTERM, finish the unit at hand if that takes no longer, else drop it."""
     stale_seconds: float = 300.0

@@ -116,9 +116,9 @@ class Process:
         """What it wrote to stdout and stderr."""
         return self._log.read_text() if self._log.exists() else ""  # it makes the file itself
 
-    def wait(self) -> int:
+    def wait(self, *, seconds: float = _PATIENCE_SECONDS) -> int:
         """Until it has ended; how it ended."""
-        self._wait_until(lambda: self.code is not None, seconds=_PATIENCE_SECONDS)
+        self._wait_until(lambda: self.code is not None, seconds=seconds)
         assert self._code is not None
         return self._code
 

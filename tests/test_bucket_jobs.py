@@ -27,7 +27,7 @@ from servers.s3_buckets import s3_client, unfinished_uploads
 
 from streamprep import job
 from streamprep.crashpoints import VARIABLE
-from streamprep.storage import Store, hub, open_store
+from streamprep.storage import Store, hub, open_store, patience
 
 pytest_plugins = ["jobs", "object_stores"]
 
@@ -54,7 +54,9 @@ def run_cli(forks: Forks) -> RunCli:
 
     def run(*arguments: object, crash_at: str | None = None) -> Ran:
         environment = {
-            name: value for name, value in os.environ.items() if name.startswith((*PROVIDERS, "TMPDIR", "XDG_"))
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith((*PROVIDERS, "TMPDIR", "XDG_", patience.VARIABLE))
         }
         process = forks.run(*arguments, environment=environment | ({VARIABLE: crash_at} if crash_at else {}))
         return Ran(process.wait(), process.output)
@@ -263,7 +265,9 @@ def test_what_a_store_does_not_give_is_not_called_damaged(
     faulty: Faulty,
     local_job: tuple[Store, Store],
     run_cli: RunCli,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(patience.VARIABLE, "2")
     bucket = new_bucket(moto_server)
     for name, store in zip(("shards", "out"), local_job, strict=True):
         copy = open_store(f"{bucket}/{name}")

@@ -290,8 +290,8 @@ def test_ranks_that_get_nowhere_are_given_up_in_a_retry_too(new_job: NewJob, sha
     for _ in range(2):
         job.run(exporter=ODD, serial=True, environment={"ODD_UNITS": "000001=raise"})
     poison = {"ODD_UNITS": f"000001={deed}"}
-    failed = job.retry(failed=True, nproc=2, stale_seconds=STALE_SECONDS, environment=poison)
-    assert failed.code == 1, failed.output
+    failed = job.start_retry(failed=True, nproc=2, stale_seconds=STALE_SECONDS, environment=poison)
+    assert failed.wait(seconds=300) == 1, failed.output  # ten ranks, each of which loads its model, and waits between
     assert failed.output.count("it is started again") <= 12
     assert job.retry(failed=True, serial=True).code == 0
     assert job.problems() == []

@@ -60,9 +60,8 @@ _LONGEST_PROBE = timedelta(hours=1)
 """It takes seconds; a clock may be wrong, and a probe that is removed too early tells lies."""
 _SPOOL_RESERVE_BYTES = 64 * 2**20
 
-
 _heard: set[tuple[str, str]] = set()
-"""Scheme and bucket of those that have answered this process, in whatever words: so somebody listens there."""
+"""Scheme and bucket of those that have answered this process, in whatever words, since a request last gave one up."""
 
 
 class ObjectStore:
@@ -414,8 +413,12 @@ class ObjectStore:
 
     def _is_worth_another(self, error: StoreError, patience: Patience) -> bool:
         """Whether a request that has failed so is to be made again, after a moment."""
-        heard = self._answered or self._bucket in _heard
-        return error.passing and patience.wait(error, patience_seconds(heard=heard))
+        if not error.passing:
+            return False
+        if patience.wait(error, patience_seconds(heard=self._bucket in _heard)):
+            return True
+        _heard.discard(self._bucket)  # what this process does at its end must not wait as long again, each time
+        return False
 
     def _count_put(self, size: int, part: int | None = None) -> None:
         number = 1 if part is None or size <= _MULTIPART_ABOVE else 2 + -(-size // part)

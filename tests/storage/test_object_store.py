@@ -246,19 +246,22 @@ def test_a_store_that_has_never_answered_is_given_up_sooner(
     store, proxy = bucket
     monkeypatch.setattr(places, "MAX_RETRIES", 0)
     store._clients.clear()
-    waited = []
-    with proxy.refusing():
-        for one in (store, open_store(store.url), pickle.loads(pickle.dumps(store))):
-            impatient.clear()
-            with pytest.raises(StoreError, match="Connection refused"):
-                one.read("there")
-            waited.append(sum(impatient))
-        assert all(60 < seconds <= patience.PATIENCE_SECONDS for seconds in waited)
-        monkeypatch.setattr(objects, "_heard", set())
+
+    def waits_of(one: ObjectStore) -> float:
         impatient.clear()
         with pytest.raises(StoreError, match="Connection refused"):
-            open_store(store.url).read("there")
-        assert 5 < sum(impatient) <= patience.FIRST_PATIENCE_SECONDS
+            one.read("there")
+        return sum(impatient)
+
+    for one in (store, open_store(store.url), pickle.loads(pickle.dumps(store))):
+        assert one.read("there")
+        with proxy.refusing():
+            assert 60 < waits_of(one) <= patience.PATIENCE_SECONDS
+            assert 5 < waits_of(one) <= patience.FIRST_PATIENCE_SECONDS  # what there is still to do
+            assert waits_of(pickle.loads(pickle.dumps(one))) > 60  # another process begins anew
+    monkeypatch.setattr(objects, "_heard", set())
+    with proxy.refusing():
+        assert 5 < waits_of(open_store(store.url)) <= patience.FIRST_PATIENCE_SECONDS
     proxy.inject("", Answer(503))  # whoever says so is there
     impatient.clear()
     with pytest.raises(StoreError, match="503"):
