@@ -1,13 +1,12 @@
 """Models and pictures to measure latents with; importing it, or using it, needs neither torchcodec nor FFmpeg.
 
 Full-size is the VAE only: its 127 million weights make the latents. They are random, drawn as
-``tools/make_tiny_model.py`` draws them, so that latents depend on the picture and have a standard deviation near 1.
+`streamprep.testing.tiny_model` draws them, so that latents depend on the picture and have a standard deviation near 1.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from streamprep.encoders import EncodeOptions, open_encoder
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-
 
 def make_tiny(folder: Path) -> Path:
     """A tiny Wan 2.1 for image-to-video, which has all four tensors."""
-    from make_tiny_model import make_tiny_model
     from transformers.utils import logging
+
+    from streamprep.testing.tiny_model import make_tiny_model
 
     logging.disable_progress_bar()
     make_tiny_model(folder, variant="2.1-i2v")
@@ -31,7 +29,7 @@ def make_tiny(folder: Path) -> Path:
 
 def make_full_size(folder: Path, tiny: Path) -> Path:
     """The same with Wan 2.1's VAE at its real size: 127 M weights, 0.5 GB."""
-    from make_tiny_model import draw_vae
+    from streamprep.testing.tiny_model import draw_vae
 
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for component in ("text_encoder", "image_encoder"):

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from exporters._unit_files import UnitFiles
 from streamprep import canonical
 from streamprep.storage import PendingFile, Store
 from streamprep.tensor_members import decode_bytes
 from streamprep.types import EncodedClip, EncodedSample, TensorLocation, TextLocation, WrittenFile, WrittenRow
+from streamprep.unit_files import UnitFiles
 
 FOLDER = "combined_parquet_dataset"
 MAX_FILE_BYTES = 512 * 10**6

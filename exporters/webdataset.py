@@ -20,7 +20,6 @@ from typing import Any
 
 from torch import Tensor
 
-from exporters._unit_files import UnitFiles
 from streamprep import canonical, tensor_members
 from streamprep.errors import UserError
 from streamprep.keys import short_key
@@ -28,6 +27,7 @@ from streamprep.shards import TarWriter, fits_ustar
 from streamprep.storage import PendingFile, Store
 from streamprep.tensor_members import EncodedTensor, cast, decode_member, encode_tensor
 from streamprep.types import EncodedClip, EncodedSample, TensorLocation, TextLocation, WrittenFile, WrittenRow
+from streamprep.unit_files import UnitFiles
 
 FOLDER = "latent_shards"
 MAX_FILE_BYTES = 512 * 10**6

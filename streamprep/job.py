@@ -304,8 +304,24 @@ class Job:
         return bad
 
     def commit(self, record: Record) -> bool:
-        """Create a unit's record; False if another process was first, whose record then counts."""
-        return self.store.put_if_absent(record_path(record.unit), record.to_json(), step="record")
+        """Create a unit's record; False if another process was first, whose record then counts.
+
+        Raises:
+            UserError: if nobody could read it back: then the exporter says of its files what cannot be.
+        """
+        return self.store.put_if_absent(record_path(record.unit), self._readable(record), step="record")
+
+    def _readable(self, record: Record) -> bytes:
+        try:
+            data = record.to_json()
+            Record.from_json(data)
+        except NOT_AS_WRITTEN as error:
+            raise UserError(
+                f"the exporter {self.plan.config['exporter']} has a mistake: what it says of the files of unit "
+                f"{record.unit} could not be read back from its record ({first_line(error)}), so the unit is not "
+                "committed; `streamprep.testing.ExporterContract` finds such mistakes"
+            ) from error
+        return data
 
     def write_quarantine(self, unit: str, bad: Sequence[BadClip]) -> QuarantineFile | None:
         """Note a unit's bad samples; the record must name the file."""

@@ -48,7 +48,7 @@ def shared_clips(repo_root: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_models(variant)``: a complete model of that Wan's shape, made once. Copy it to change it."""
-    from tools.make_tiny_model import make_tiny_model
+    from streamprep.testing.tiny_model import make_tiny_model
 
     @functools.cache
     def make(variant: str) -> Path:

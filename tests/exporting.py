@@ -1,36 +1,19 @@
-"""Encoded samples, and writing some by an exporter; for tests of exporters."""
+"""Writing samples by an exporter; for tests of exporters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from streamprep.exporting import open_exporter, settle_options
 from streamprep.storage import Store
-from streamprep.types import EncodedClip, EncodedSample, ShardWriter, WrittenFile
+from streamprep.testing.samples import make_sample
+from streamprep.types import EncodedSample, ShardWriter, WrittenFile
+
+__all__ = ["CONTRACT", "UNIT", "make_sample", "open_shard", "write"]
 
 CONTRACT = {"family": "wan", "latents_mean": [0.5, -0.25], "model": "Zo\u00eb/\u4f60\u597d"}
 UNIT = "000007"
-
-
-def make_sample(number: int = 0, *, tensors: Mapping[str, Tensor] | None = None, **fields: Any) -> EncodedSample:
-    """A row of a clip of 17 frames, another one for every number."""
-    random = torch.Generator().manual_seed(number)
-    defaults: dict[str, Any] = {
-        "key": f"dir/{number}",
-        "id": f"dir/{number}.mp4",
-        "file_name": f"dir/{number}.mp4",
-        "caption": f"Caption {number}.",
-        "clip": EncodedClip(width=96, height=64, num_frames=17, train_fps=16.0, source_fps=30000 / 1001),
-    }
-    own = {
-        "vae_latent": torch.randn(16, 5, 2, 3, generator=random),
-        "text_embedding": torch.randn(1 + number, 8, generator=random),
-    }
-    return EncodedSample(tensors={**own, **(tensors or {})}, **defaults | fields)
 
 
 def open_shard(

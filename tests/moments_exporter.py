@@ -1,11 +1,9 @@
-"""An exporter that can hold a posterior's variance: every tensor as float32 in one file a unit."""
+"""An exporter that can hold a posterior's variance: every tensor as float32, in files of bytes one after the other."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from streamprep.storage import Store
 from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
+from streamprep.unit_files import UnitFiles
 
 FOLDER = "moments"
 WORKLOADS = ("t2v", "i2v")
@@ -37,44 +36,50 @@ def open_shard(
     columns: Mapping[str, str],
 ) -> MomentsWriter:
     """A writer of one unit."""
-    return MomentsWriter(store, name)
+    return MomentsWriter(store, name, samples_per_file)
 
 
 class MomentsWriter:
     """A line of JSON (ids, names, shapes), then the tensors one after the other."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
+    def __init__(self, store: Store, name: str, samples_per_file: int) -> None:
+        self._files = UnitFiles(store, folder=FOLDER, unit=name, extension="bin")
+        self._samples_per_file = samples_per_file
         self._samples: list[EncodedSample] = []
 
     def write(self, sample: EncodedSample) -> None:
         self._samples.append(sample)
+        if len(self._samples) == self._samples_per_file:
+            self._finish_file()
 
     def close(self) -> list[WrittenFile]:
-        head = [[s.id, {n: list(t.shape) for n, t in s.tensors.items()}] for s in self._samples]
-        data = bytearray(json.dumps(head).encode() + b"\n")
-        rows = []
-        for number, sample in enumerate(self._samples):
-            locations = {}
-            for name, tensor in sample.tensors.items():
-                locations[name] = TensorLocation(
-                    offset=len(data), size=tensor.nbytes, dtype="float32", shape=tuple(tensor.shape)
-                )
-                data += tensor.numpy().tobytes()
-            rows.append(WrittenRow(key=sample.key, bucket=sample.bucket, row_group=number, tensors=locations))
-        sha256 = hashlib.sha256(data).hexdigest()
-        name = f"{FOLDER}/{self._name}-00000-{sha256[:8]}.bin"
-        with ExitStack() as stack:
-            file = stack.enter_context(self._store.new_file())
-            file.path.write_bytes(data)
-            file.publish(name, step="data")
-        return [WrittenFile(name=name, size_bytes=len(data), sha256=sha256, rows=tuple(rows))]
+        if self._samples:
+            self._finish_file()
+        return self._files.publish()
 
     def __enter__(self) -> MomentsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing was opened."""
+    def __exit__(self, *error: object) -> None:
+        self._files.__exit__(*error)
+
+    def _finish_file(self) -> None:
+        samples, self._samples = self._samples, []
+        head = [[s.id, {n: list(t.shape) for n, t in s.tensors.items()}] for s in samples]
+        data = bytearray(json.dumps(head).encode() + b"\n")
+        rows = []
+        for number, sample in enumerate(samples):
+            locations = {}
+            for name, tensor in sample.tensors.items():
+                values = tensor.float().numpy().tobytes()
+                locations[name] = TensorLocation(
+                    offset=len(data), size=len(values), dtype="float32", shape=tuple(tensor.shape)
+                )
+                data += values
+            rows.append(WrittenRow(key=sample.key, bucket=sample.bucket, row_group=number, tensors=locations))
+        file = self._files.new()
+        file.path.write_bytes(data)
+        self._files.finish(file, rows)
 
 
 def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:

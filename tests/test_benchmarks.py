@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 
 from benchmarks._models import load, relative_l2
 from benchmarks._rounding import Stored, Tf32, encode_within, to_tf32
+from streamprep.testing.tiny_model import draw_vae, make_vae
 from streamprep.types import ClipBatch
-from tools.make_tiny_model import draw_vae, make_vae
 
 NO_CUDA = "not measured (no CUDA device)"
 

@@ -21,7 +21,7 @@ from streamprep import cli
 from streamprep.encoders import open_encoder
 from streamprep.encoders._wan_variants import VARIANTS
 from streamprep.errors import UserError
-from tools.make_tiny_model import VARIANTS as TINY_VARIANTS
+from streamprep.testing.tiny_model import VARIANTS as TINY_VARIANTS
 
 TinyModels = Callable[[str], Path]
 

@@ -34,7 +34,7 @@ def test_a_row_is_fastvideos(tmp_path: Path) -> None:
     assert row == {
         "id": "dir/3.mp4",
         "vae_latent_bytes": sample.tensors["vae_latent"].numpy().tobytes(),
-        "vae_latent_shape": [16, 5, 2, 3],
+        "vae_latent_shape": [16, 5, 8, 12],
         "vae_latent_dtype": "float32",
         "text_embedding_bytes": sample.tensors["text_embedding"].numpy().tobytes(),
         "text_embedding_shape": [4, 8],

@@ -212,10 +212,10 @@ def test_a_clip_is_never_split_across_files(samples_per_file: int, rows: list[in
 
 
 def test_a_file_ends_at_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "MAX_FILE_BYTES", 6000)
+    monkeypatch.setattr(exporter, "MAX_FILE_BYTES", 30_000)
     written = write(open_store(tmp_path), *map(make_sample, range(6)))
     assert len(written) > 1
-    assert all(6000 <= file.size_bytes < 12_000 for file in written[:-1])
+    assert all(30_000 <= file.size_bytes < 60_000 for file in written[:-1])
 
 
 @pytest.mark.parametrize(

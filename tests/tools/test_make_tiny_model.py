@@ -24,8 +24,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from streamprep.testing import tiny_model as tool
 from tools import make_clips as clips_tool
-from tools import make_tiny_model as tool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
