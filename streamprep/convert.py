@@ -29,7 +29,7 @@ from streamprep.board import Board, BoardGone
 from streamprep.commit import Committer, give_way
 from streamprep.config import ConvertConfig
 from streamprep.errors import UserError
-from streamprep.finalize import Totals, is_finalized
+from streamprep.finalize import Totals, open_finished
 from streamprep.foreign import origin as foreign_origin
 from streamprep.foreign.declared import contract_of, read_declaration
 from streamprep.job import Fingerprint, Job, JobPlan, Round, Unit
@@ -277,15 +277,7 @@ def prepare(config: ConvertConfig, source: Origin) -> Conversion:
 
 
 def _finished(store: Store) -> FinishedOutput:
-    source = job.open_job(store)
-    for one in source.rounds():
-        if source.without_record(one.units):
-            raise UserError(f"{store.url}: retry {one.name} is not finished: run `streamprep retry` again first")
-    if not is_finalized(source):
-        raise UserError(
-            f"{store.url} is not finished: `streamprep status` says how far it is; run the same "
-            f"`{source.plan.command}`, or `streamprep finalize`, first"
-        )
+    source = open_finished(store)
     name = source.plan.config["exporter"]
     reader = exporting.open_exporter(name)
     if not hasattr(reader, "read_samples"):

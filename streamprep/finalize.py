@@ -66,6 +66,24 @@ def finalize(current: Job) -> Totals:
     return result
 
 
+def open_finished(store: Store) -> Job:
+    """The job of an output, all of which is there.
+
+    Raises:
+        UserError: if something is still to be done.
+    """
+    current = job.open_job(store)
+    for one in current.rounds():
+        if current.without_record(one.units):
+            raise UserError(f"{store.url}: retry {one.name} is not finished: run `streamprep retry` again first")
+    if not is_finalized(current):
+        raise UserError(
+            f"{store.url} is not finished: `streamprep status` says how far it is; run the same "
+            f"`{current.plan.command}`, or `streamprep finalize`, first"
+        )
+    return current
+
+
 def is_finalized(current: Job) -> bool:
     """Whether a job has ended, and no unit has been committed since, and all of it is published."""
     return current.store.is_all_published() and has_true_success(current)
