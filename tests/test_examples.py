@@ -16,6 +16,7 @@ import pytest
 from object_stores import NewBucket
 from servers import Server
 from servers.processes import answers
+from test_example_exporters import PACKAGES
 
 from streamprep import cli
 from streamprep.config import EncodeConfig
@@ -31,6 +32,8 @@ BUCKETS = "bucket_to_bucket.sh"
 """The example that needs no dataset, but a store."""
 TRAINING = "train_tiny_dit.py"
 """The one that `test_training_example.py` runs."""
+EXPORTERS = "exporters"
+"""The folder of those that `test_example_exporters.py` installs."""
 SMALL = ("--max-height", "64", "--max-width", "96", "--num-frames", "17", "--encode-threads", "1")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -72,8 +75,12 @@ def run_example(repo_root: Path, tmp_path: Path) -> Run:
 def test_every_example_can_be_executed_is_in_the_readme_and_is_run_here(repo_root: Path) -> None:
     readme = (repo_root / "README.md").read_text()
     paths = sorted((repo_root / "examples").iterdir())
-    assert {path.name for path in paths} == {*EXAMPLES, BUCKETS, TRAINING}
-    for path in paths:
+    assert {path.name for path in paths} == {*EXAMPLES, BUCKETS, TRAINING, EXPORTERS}
+    packages = sorted((repo_root / "examples" / EXPORTERS).iterdir())
+    assert [path.name for path in packages] == list(PACKAGES)
+    for path in packages:
+        assert f"`examples/exporters/{path.name}`" in readme, path
+    for path in (path for path in paths if path.name != EXPORTERS):
         assert os.access(path, os.X_OK), path
         assert f"`examples/{path.name}`" in readme, path
 

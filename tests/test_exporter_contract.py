@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -352,6 +353,16 @@ def test_every_test_of_the_contract_catches_something() -> None:
     assert len(TESTS) >= 20
 
 
-def test_it_can_be_imported_without_pytest(tmp_path: object) -> None:
+def test_the_exporter_of_the_readme_keeps_the_contract(repo_root: Path, pytester: pytest.Pytester) -> None:
+    readme = (repo_root / "README.md").read_text()
+    blocks = dict(re.findall(r"```python\n# (\w+)\.py.*?\n(.*?)```", readme, flags=re.DOTALL))
+    assert set(blocks) == {"my_exporter", "test_my_exporter"}
+    pytester.makepyfile(**blocks)
+    run = pytester.inline_run("-p", "no:cacheprovider", "-k", "not command")
+    passed, skipped, failed = map(len, run.listoutcomes())
+    assert (skipped, failed) == (0, 0) and passed > 30
+
+
+def test_it_can_be_imported_without_pytest() -> None:
     code = "import sys, streamprep.testing; assert 'pytest' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

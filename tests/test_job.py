@@ -7,6 +7,7 @@ import errno
 import functools
 import io
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -256,6 +257,30 @@ def test_of_two_records_for_a_unit_the_first_counts(tmp_path: Path) -> None:
     assert not current.commit(dataclasses.replace(first, bad={"truncated": 1}))
     assert list(current.records()) == [first]
     assert current.unfinished() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"offset": -8}, "-8 stands where a number should"),
+        ({"size": 2.5}, "2.5 stands where a number should"),
+        ({"shape": (3, -1)}, "-1 stands where a number should"),
+        ({"dtype": None}, "None stands where a text should"),
+        ({"offset": np.int64(8)}, "Object of type int64 is not JSON serializable"),
+    ],
+)
+def test_a_record_that_could_not_be_read_back_is_refused_and_the_exporter_blamed(
+    change: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    """It was committed, and then called damaged."""
+    current, unit = make_job(tmp_path), make_unit(0)
+    place = dataclasses.replace(TensorLocation(offset=8, size=16, dtype="float32", shape=(2, 2)), **change)
+    row = WrittenRow(key="a", bucket="5x32x48", row_group=0, tensors={"vae_latent": place})
+    files = (WrittenFile(name="f", size_bytes=24, sha256="0a" * 32, rows=(row,)),)
+    record = Record(unit=unit.id, files=files, bad={}, dropped=(), quarantine=None, seconds={})
+    with pytest.raises(UserError, match=f"the exporter fastvideo has a mistake: .* of unit 000000 .*{re.escape(why)}"):
+        current.commit(record)
+    assert current.record(unit.id) is None
 
 
 def test_a_process_that_commits_second_takes_back_its_files(tmp_path: Path) -> None:
