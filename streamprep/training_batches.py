@@ -161,11 +161,25 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tenso
 def _read_texts(index: RowIndex, row: int, stored: Row, key: str) -> tuple[str, str]:
     """A row's id and caption."""
     columns = index.texts["id"]
-    if columns.forms[columns.form[row]] == "utf8":
-        return bytes(stored.read("id")).decode(), bytes(stored.read("caption")).decode()
-    described = json.loads(bytes(stored.read("id")))  # of all rows of its clip
-    number = described["keys"].index(key)
-    return described["ids"][number], described["captions"][number]
+    form = columns.forms[columns.form[row]]
+    id, caption = (decode_text(stored.read(name), name=name, form=form, key=key) for name in ("id", "caption"))
+    return id, caption
+
+
+def decode_text(data: bytes | bytearray | memoryview, *, name: str, form: str, key: str) -> str:
+    """The id or caption of a row, out of the bytes at its `streamprep.types.TextLocation`.
+
+    Args:
+        data: Those bytes.
+        name: ``id`` or ``caption``.
+        form: As the location has it.
+        key: Of the row.
+    """
+    if form == "utf8":
+        return bytes(data).decode()
+    described = json.loads(bytes(data))  # of all rows of its clip
+    text: str = described[f"{name}s"][described["keys"].index(key)]
+    return text
 
 
 def _read_tensor(index: RowIndex, row: int, stored: Row, name: str, target: Tensor) -> None:

@@ -44,6 +44,23 @@ MOMENTS = PREAMBLE.format(
 )
 FASTVIDEO = "from exporters.fastvideo import *\nimport exporters.fastvideo as right\nfrom dataclasses import replace\n"
 
+TEXTS = (
+    FASTVIDEO
+    + """
+class Wrong(right.FastVideoWriter):
+    def close(self):
+        return [replace(file, rows=tuple(map(change, file.rows))) for file in super().close()]
+
+def open_shard(*arguments, **how):
+    writer = right.open_shard(*arguments, **how)
+    writer.__class__ = Wrong
+    return writer
+
+def change(row):
+    return replace(row, texts=CHANGED)
+"""
+)
+
 
 def of_writer(code: str) -> str:
     """A mutant whose writer has another method."""
@@ -233,6 +250,21 @@ MUTANTS = [
             "def write(self, sample):\n"
             "    super().write(replace(sample, tensors={'vae_latent': sample.tensors['vae_latent']}))"
         ),
+    ),
+    (
+        "ids_and_captions_lie_where_their_rows_say",
+        "of both, or none of any",
+        TEXTS.replace("CHANGED", "{'id': row.texts['id']}"),
+    ),
+    (
+        "ids_and_captions_lie_where_their_rows_say",
+        "is not where its row says .* is there",
+        TEXTS.replace("CHANGED", "{'id': row.texts['caption'], 'caption': row.texts['id']}"),
+    ),
+    (
+        "ids_and_captions_lie_where_their_rows_say",
+        "is not where its row says .*Error",
+        TEXTS.replace("CHANGED", "{name: replace(where, form='json') for name, where in row.texts.items()}"),
     ),
     (
         "its_own_reader_gives_the_rows",

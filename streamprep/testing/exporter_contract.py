@@ -30,6 +30,7 @@ from streamprep.storage import Store, StoreError, open_store
 from streamprep.tensor_members import DTYPES, cast, decode_bytes, dtype_name, same_bytes
 from streamprep.testing.samples import TRAIN_FPS, make_contract, make_sample, make_samples
 from streamprep.testing.stores import BucketLikeStore
+from streamprep.training_batches import decode_text
 from streamprep.types import EncodedSample, ShardWriter, WrittenFile, WrittenRow
 
 UNIT = "000007"
@@ -329,6 +330,11 @@ class ExporterContract:
         for (file, row), sample in zip(_rows(self._write(kind, store, samples)), samples, strict=True):
             self._check_locations(kind, store, file, row, sample)
 
+    def test_ids_and_captions_lie_where_their_rows_say(self, kind: Kind, tmp_path: Path) -> None:
+        """If they say: readers that are asked for captions need it."""
+        store, samples = open_store(tmp_path), self._samples(kind)
+        self._check_texts(store, self._write(kind, store, samples), samples)
+
     def test_its_own_reader_gives_the_rows(self, kind: Kind, tmp_path: Path) -> None:
         """`verify` compares what `read_file` gives with what lies at the recorded places."""
         store, samples = open_store(tmp_path), self._samples(kind)
@@ -351,6 +357,7 @@ class ExporterContract:
         written = self._write(kind, store, samples, samples_per_file=3)
         keys = [row.key for _, row in _rows(written)]
         assert keys == [sample.key for sample in samples], f"rows {keys} of samples {[one.key for one in samples]}"
+        self._check_texts(store, written, samples)
         self._check_reader(store, written, samples)
         if hasattr(module, "read_samples"):
             self._check_samples(kind, store, written, samples)
@@ -370,6 +377,7 @@ class ExporterContract:
         assert [row.key for _, row in _rows(written)] == [sample.key for sample in samples], "a caption has no row"
         for (file, row), sample in zip(_rows(written), samples, strict=True):
             self._check_locations(kind, store, file, row, sample)
+        self._check_texts(store, written, samples)
         self._check_reader(store, written, samples)
 
     def test_tensors_of_every_dtype_are_taken(self, kind: Kind, tmp_path: Path) -> None:
@@ -501,6 +509,20 @@ class ExporterContract:
             except (EOFError, OSError, ValueError) as error:
                 raise AssertionError(f"{what} is not where its row says ({where}): {error}") from error
             assert _close(found, tensor, dtype), f"{what} is not where its row says ({where}): other numbers are there"
+
+    def _check_texts(self, store: Store, written: Sequence[WrittenFile], samples: Sequence[EncodedSample]) -> None:
+        rows = _rows(written)
+        names = {tuple(sorted(row.texts)) for _, row in rows}
+        assert names in ({()}, {("caption", "id")}), f"rows say where {names} lie: all say it of both, or none of any"
+        for (file, row), sample in zip(rows, samples, strict=True):
+            for name, where in row.texts.items():
+                what = f"the {name} of {row.key} in {file.name} is not where its row says ({where})"
+                try:
+                    data = store.read_range(file.name, where.offset, where.size)
+                    found = decode_text(data, name=name, form=where.form, key=row.key)
+                except (EOFError, OSError, ValueError, KeyError) as error:
+                    raise AssertionError(f"{what}: {error!r}") from error
+                assert found == getattr(sample, name), f"{what}: {found!r} is there"
 
     def _check_reader(self, store: Store, written: Sequence[WrittenFile], samples: Sequence[EncodedSample]) -> None:
         module, left = exporting.open_exporter(self.exporter), iter(samples)
