@@ -1,7 +1,8 @@
 """All reading and all durable writing goes through a `Store`: one root, files below it.
 
-`LocalStore` (``local.py``) is a folder, `ObjectStore` (``objects.py``) a place in a bucket, `WebStore` a place on a web
-server, which can only be read, `HubStore` (``hub.py``) a folder of a dataset's repository on the Hugging Face hub.
+`LocalStore` (``local.py``) is a folder, `ObjectStore` (``objects.py``) a place in a bucket, `WebStore` (``web.py``) one
+on a web server, which can only be read, `HubStore` (``hub.py``) a folder of a dataset's repository on the Hugging Face
+hub.
 Writing is all or nothing: a file that can be seen is whole and can be trusted.
 """
 
@@ -70,8 +71,9 @@ def open_store(url: str | os.PathLike[str], *, spool_dir: str | None = None) -> 
         from streamprep.storage.hub_requests import parse_hub_url
 
         return HubStore(parse_hub_url(text), spool_dir=spool_dir)
-    from streamprep.storage.objects import ObjectStore, WebStore
+    from streamprep.storage.objects import ObjectStore
     from streamprep.storage.places import WEB, parse_place
+    from streamprep.storage.web import WebStore
 
     place = parse_place(text)
     if place is None:

@@ -1,4 +1,4 @@
-"""A place in a bucket (S3 and what speaks like it, Google Cloud Storage, Azure), by obstore; or on a web server.
+"""A place in a bucket (S3 and what speaks like it, Google Cloud Storage, Azure), by obstore.
 
 An object is whole when it can be seen, so nothing need be renamed: a file is built in the spool, a local folder, and
 uploaded under its final name, in parts if it is large. An upload that fails is aborted; what a killed process leaves of
@@ -548,47 +548,6 @@ class PendingObject:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.__exit__(kind, error, trace)
-
-
-class WebStore(ObjectStore):
-    """Files below a URL of a web server: they can be read, not listed and not written."""
-
-    def list(self, folder: str = "", *, prefix: str = "") -> Iterator[FileEntry]:
-        """No web server lists its files in a way that all others do."""
-        return self.walk(folder)
-
-    def walk(self, folder: str = "") -> NoReturn:
-        """Refused."""
-        raise UserError(
-            f"{self._url(folder)}: a web server lists no files and takes none, so it can only be what `encode` reads: "
-            "write to a local folder or a bucket"
-        )
-
-    def new_file(self) -> NoReturn:
-        """Refused."""
-        self._refuse()
-
-    def put(self, path: str, data: bytes, *, step: str) -> NoReturn:
-        """Refused."""
-        self._refuse()
-
-    def put_if_absent(self, path: str, data: bytes, *, step: str) -> NoReturn:
-        """Refused."""
-        self._refuse()
-
-    def delete(self, path: str, *, step: str) -> NoReturn:
-        """Refused."""
-        self._refuse()
-
-    def check_create_only(self) -> NoReturn:
-        """Refused."""
-        self._refuse()
-
-    def _check_bucket(self) -> None:
-        return
-
-    def _refuse(self) -> NoReturn:
-        raise UserError(f"{self.url} can only be read: write to a local folder or a bucket")
 
 
 class _TooShort(Exception):
