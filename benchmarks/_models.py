@@ -7,6 +7,7 @@ Full-size is the VAE only: its 127 million weights make the latents. They are ra
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from streamprep.encoders import EncodeOptions, open_encoder
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))  # make_clips
 
 
 def make_tiny(folder: Path) -> Path:
