@@ -228,3 +228,32 @@ def test_buckets_are_measured_against_the_raw_client(
     if "latency" in parts:  # of 8 requests one after the other; the raw client's are side by side
         one, many = (results["latency"][f"raw client, {n}"][0]["seconds"] for n in ("1 connection", "12 connections"))
         assert one > 8 * 0.05 and many < one
+
+
+@pytest.mark.slow
+def test_readers_are_measured_that_are_installed(repo_root: Path, tmp_path: Path) -> None:
+    """litdata and MosaicML's package are no dependencies of ours."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "benchmarks/train_read.py",
+            "--smoke",
+            "--work",
+            str(tmp_path),
+            "--json",
+            tmp_path / "numbers",
+        ],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "numbers").read_text())["results"]
+    for name in ("litdata", "MosaicML"):
+        assert (f"Not measured: {name} is not installed." in done.stdout) != (name in results["epochs"])
+    for name in ("raw", "streamprep, Parquet", "streamprep, WebDataset", "webdataset"):
+        (epoch,) = results["epochs"][name]
+        assert epoch["num_rows"] == 4 and 0 < epoch["first_batch_seconds"] <= epoch["seconds"], name
+        assert epoch["peak_mb"] > 4 * 10, name
+    assert set(results["row_groups"]) == {"ours", "FastVideo"}
+    assert all(seconds > 0 for (seconds,) in (*results["row_groups"].values(), *results["starts"].values()))
