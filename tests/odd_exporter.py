@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -46,6 +47,7 @@ class OddWriter:
         if deed in ("segv", "kill"):
             os.kill(os.getpid(), {"segv": signal.SIGSEGV, "kill": signal.SIGKILL}[deed])
         if deed.startswith("sleep:"):
+            print("it sleeps", file=sys.stderr, flush=True)
             time.sleep(float(deed.removeprefix("sleep:")))
         self._writer.write(sample)
 

@@ -632,6 +632,7 @@ VALIDATION_PATH="examples/validation.json"
     assert dropped(tmp_path / "out") == {"2": "too_long", "4": "too_short"}
 
 
+@pytest.mark.slow
 def test_num_gpus_without_torchrun_starts_ranks(
     dataset: Path, tiny_model: Path, tmp_path: Path, repo_root: Path
 ) -> None:

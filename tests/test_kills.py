@@ -59,7 +59,10 @@ def test_a_job_killed_at_a_durable_step_ends_as_if_it_had_not_been(
 
 @pytest.mark.parametrize(
     "point",
-    ["data:2", "record:2", *(pytest.param(point, marks=pytest.mark.slow) for point in ("uncond.after:1", "success:1"))],
+    [
+        "record:2",
+        *(pytest.param(point, marks=pytest.mark.slow) for point in ("data:2", "uncond.after:1", "success:1")),
+    ],
 )
 def test_a_job_of_many_processes_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     new_job: NewJob, undisturbed: Undisturbed, shards: Path, point: str
@@ -133,7 +136,7 @@ def test_a_rank_killed_while_a_clip_is_decoded_leaves_no_process(
     ("number", "group", "serial"),
     [
         pytest.param(signal.SIGTERM, False, False, id="SIGTERM"),
-        pytest.param(signal.SIGINT, True, False, id="Ctrl-C"),
+        pytest.param(signal.SIGINT, True, False, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, False, True, id="SIGTERM-serial"),
     ],
 )

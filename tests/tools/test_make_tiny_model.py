@@ -302,7 +302,7 @@ def test_latents_have_wans_shape_and_a_scale_near_one(vae: AutoencoderKLWan, pix
     assert vae.config.latents_std[:2] == [2.8184, 1.4541]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("make_vae", [tool.make_vae, tool.make_vae_5b])
 def test_latents_depend_on_the_picture_whatever_the_seed(
     make_vae: Callable[..., AutoencoderKLWan], seed: int, pixels: Tensor
