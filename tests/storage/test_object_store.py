@@ -211,6 +211,15 @@ def test_each_kind_of_request_outlasts_a_store_that_is_away(
     assert unfinished_uploads(moto_server.env, url) == []
 
 
+def test_a_part_that_fails_is_sent_again_and_not_all_of_the_upload(bucket: tuple[ObjectStore, FaultProxy]) -> None:
+    store, proxy = bucket
+    rule = proxy.inject("^PUT .*partNumber=2", Answer(503), times=places.MAX_RETRIES + 3)
+    publish(store, "large", LARGE)
+    assert rule.hits == places.MAX_RETRIES + 3
+    assert kinds(proxy)["start multipart"] == 1
+    assert store.read("large") == LARGE
+
+
 # --- trouble that stays
 
 
