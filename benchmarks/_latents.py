@@ -191,8 +191,9 @@ def _numbered(num_rows: int, make: Callable[[int], Any]) -> Iterator[tuple[int, 
 
 def _write_plan(out: Path, data_folder: str) -> None:
     from streamprep import job
+    from streamprep.job_plan import JobPlan
 
-    plan = job.JobPlan(
+    plan = JobPlan(
         shards="none",
         fingerprint={},
         config={},

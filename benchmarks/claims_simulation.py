@@ -43,7 +43,8 @@ from _measure import environment, goal, markdown, parser, report, say
 from streamprep.attempts import Attempts, Worker
 from streamprep.board import BoardGone, LocalBoard
 from streamprep.claims import Claims, Timing, Wait
-from streamprep.job import FOLDER, RECORDS, Job, JobPlan
+from streamprep.job import FOLDER, RECORDS, Job
+from streamprep.job_plan import JobPlan
 from streamprep.storage import FileEntry, Store
 
 FAILURES = ("none", "ranks", "node", "hang", "board", "all")

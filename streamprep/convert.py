@@ -32,7 +32,8 @@ from streamprep.errors import UserError
 from streamprep.finalize import Totals, open_finished
 from streamprep.foreign import origin as foreign_origin
 from streamprep.foreign.declared import contract_of, read_declaration
-from streamprep.job import Fingerprint, Job, JobPlan, Round, Unit
+from streamprep.job import Job
+from streamprep.job_plan import Fingerprint, JobPlan, Round, Unit, installed_versions
 from streamprep.progress import count, size
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.sealed import Damaged, check_unconditional, check_validation
@@ -270,7 +271,7 @@ def prepare(config: ConvertConfig, source: Origin) -> Conversion:
             contract=contract,
             data_folder=exporter.FOLDER,
             units=tuple(dataclasses.replace(unit, size_bytes=int(unit.size_bytes * ratio)) for unit in plan.units),
-            versions=job.installed_versions(),
+            versions=installed_versions(),
             converted={"from": source.store.url, "loses": loses, **source.digests},
         ),
     )

@@ -33,7 +33,8 @@ from streamprep.encoders import Encoder, open_encoder
 from streamprep.errors import UserError
 from streamprep.filters import Filters
 from streamprep.finalize import Totals
-from streamprep.job import Job, JobPlan, Unit
+from streamprep.job import Job
+from streamprep.job_plan import JobPlan, Unit, installed_versions
 from streamprep.manifest import Shards, open_shards
 from streamprep.pipeline import Pipeline
 from streamprep.plan import SamplingRules
@@ -351,7 +352,7 @@ def _describe(plan: JobPlan, units: Sequence[Unit], config: EncodeConfig, contra
 
 
 def _warn_of_other_versions(plan: JobPlan, progress: Progress, *, needed: bool) -> None:
-    now = job.installed_versions()
+    now = installed_versions()
     for name, version in plan.versions.items():
         if needed and now.get(name) != version:
             progress.message(

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from streamprep import canonical, exporting, job
+from streamprep import canonical, exporting
 from streamprep.buckets import parse_buckets
 from streamprep.columns import ColumnTypes
 from streamprep.config import EncodeConfig
 from streamprep.contract import LatentContract
 from streamprep.errors import UserError
 from streamprep.filters import Filters
-from streamprep.job import Fingerprint, JobPlan, Unit
+from streamprep.job_plan import Fingerprint, JobPlan, Unit, installed_versions, keys_digest
 from streamprep.manifest import Manifest, ShardInfo, Shards, load_indexes, read_index
 from streamprep.plan import SamplingRules, UnitPlan, explain, held_out_by, plan_unit, where_of
 from streamprep.progress import count, size
@@ -48,7 +48,7 @@ def plan_job(config: EncodeConfig, shards: Shards, out: Store, contract: LatentC
         contract=exporting.rounded(contract.to_json(), exporting.dtype_of(options)),
         data_folder=exporter.FOLDER,
         units=tuple(sorted(units, key=lambda unit: (-unit.num_clips, unit.id))),
-        versions=job.installed_versions(),
+        versions=installed_versions(),
         columns=columns.types(problem=column_problem(config)),
     )
     if not plan.num_clips:
@@ -147,7 +147,7 @@ def replan(shards: Store, unit: Unit, rules: SamplingRules, filters: Filters) ->
     plan = plan_unit(unit.id, index, rules, filters, limit=unit.limit)
     if unit.keys is not None:
         plan = plan.only(frozenset(unit.keys), unit.retried)
-    assert job.keys_digest(row.key for row in plan.rows) == unit.rows_sha256, f"unit {unit.id} is planned otherwise"
+    assert keys_digest(row.key for row in plan.rows) == unit.rows_sha256, f"unit {unit.id} is planned otherwise"
     return plan
 
 
@@ -169,7 +169,7 @@ def _unit(shard: PlannedShard, contract: LatentContract, exporter: Any, options:
         num_bad=len(plan.bad),
         size_bytes=num_bytes,
         limit=shard.limit,
-        rows_sha256=job.keys_digest(keys),
+        rows_sha256=keys_digest(keys),
     )
 
 

@@ -22,7 +22,8 @@ from streamprep.commit import Committer
 from streamprep.config import EncodeConfig, RetryConfig
 from streamprep.errors import BAD_REASONS, TooManyBadSamples, UnitsSetAside, UserError
 from streamprep.finalize import Totals, finalize, is_finalized, totals
-from streamprep.job import Job, JobPlan, Round, Unit, open_job
+from streamprep.job import Job, open_job
+from streamprep.job_plan import JobPlan, Round, Unit, keys_digest
 from streamprep.progress import count
 from streamprep.ranks import this_rank
 from streamprep.record import BadClip
@@ -162,7 +163,7 @@ def _retry_of(unit: Unit, number: int, clips: Sequence[BadClip]) -> Unit:
         num_bad=0,
         size_bytes=unit.size_bytes * len(keys) // max(1, unit.num_rows),
         num_rows=len(keys),
-        rows_sha256=job.keys_digest(keys),
+        rows_sha256=keys_digest(keys),
         keys=keys,
         retried=dict(Counter(clip.reason for clip in clips)),
     )

@@ -18,7 +18,8 @@ import safetensors.torch
 from torch import Tensor
 
 from streamprep import canonical
-from streamprep.job import NOT_AS_WRITTEN, JobPlan
+from streamprep.job import NOT_AS_WRITTEN
+from streamprep.job_plan import JobPlan
 
 _NO_DIGEST = "0" * 64
 _SEAL = re.compile(rb'"__metadata__":\{"sha256":"([0-9a-f]{64})"\}')

@@ -18,7 +18,8 @@ from streamprep.contract import LatentContract
 from streamprep.errors import Stopped, TooManyBadSamples, UnitsSetAside
 from streamprep.finalize import Totals, finalize, has_true_success, leftovers, read_totals, totals
 from streamprep.fleet import Fleet
-from streamprep.job import Job, Unit
+from streamprep.job import Job
+from streamprep.job_plan import Unit
 from streamprep.pipeline import Pipeline
 from streamprep.progress import Progress
 from streamprep.ranklog import RankLog

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from streamprep import job
 from streamprep.attempts import Attempt, Attempts, Worker
 from streamprep.finalize import Totals, is_finalized, totals
-from streamprep.job import Job, Round
+from streamprep.job import Job
+from streamprep.job_plan import Round
 from streamprep.progress import by_reason, count, size, too_large
 from streamprep.session import describe_failed, failed_units, only_failed_left
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from streamprep import canonical, job, plugins
 from streamprep.finalize import index_of, leftovers, success_of
-from streamprep.job import DamagedFile, Job, Unit, record_path
+from streamprep.job import DamagedFile, Job, record_path
+from streamprep.job_plan import Unit, keys_digest
 from streamprep.manifest import load_index, load_manifest
 from streamprep.progress import Progress, count
 from streamprep.record import Record
@@ -311,7 +312,7 @@ def _check_keys(current: Job, record: Record, unit: Unit) -> Iterator[str]:
     keys += [clip.key for clip in bad if clip.stage != "plan"]
     keys += [item.key for item in record.dropped_rows]
     yield from (f"unit {unit.id}: {key!r} is there {n} times" for key, n in Counter(keys).items() if n > 1)
-    if job.keys_digest(keys) != unit.rows_sha256:
+    if keys_digest(keys) != unit.rows_sha256:
         yield f"unit {unit.id}: its {len(keys)} rows are not the {unit.num_rows} that were planned"
     if dict(record.bad) != Counter(clip.reason for clip in bad):
         yield f"unit {unit.id}: the record counts {dict(record.bad)} bad samples, its quarantine file lists others"

@@ -21,7 +21,8 @@ from test_job import flip_a_byte, make_plan
 from streamprep import job
 from streamprep.cli import main
 from streamprep.finalize import has_true_success, index_of
-from streamprep.job import DamagedFile, Job, JobPlan, Round, open_job
+from streamprep.job import DamagedFile, Job, open_job
+from streamprep.job_plan import JobPlan, Round
 from streamprep.record import Record
 from streamprep.sealed import Damaged, check_unconditional, check_validation, seal_unconditional, seal_validation
 from streamprep.storage import how_to_delete, open_store

@@ -28,7 +28,8 @@ from streamprep.cli import main
 from streamprep.commit import Committer, EncodedBatch
 from streamprep.errors import TooManyBadSamples, UserError
 from streamprep.finalize import finalize, totals
-from streamprep.job import Job, JobPlan, Unit, open_job, start_or_join
+from streamprep.job import Job, open_job, start_or_join
+from streamprep.job_plan import JobPlan, Unit, installed_versions, keys_digest
 from streamprep.plan import Excluded, UnitPlan
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.storage import open_store
@@ -60,7 +61,7 @@ def make_unit(number: int, *, num_clips: int = 1, num_bad: int = 0) -> Unit:
         size_bytes=0,
         limit=None,
         num_rows=num_clips,
-        rows_sha256=job.keys_digest(f"{number}/{clip}" for clip in range(num_clips)),
+        rows_sha256=keys_digest(f"{number}/{clip}" for clip in range(num_clips)),
     )
 
 
@@ -72,7 +73,7 @@ def make_plan(num_units: int = 1, **fields: Any) -> JobPlan:
         contract={"workload": "t2v", "family": "wan", "variant": "2.1-t2v", "model": "tiny"},
         data_folder=fastvideo.FOLDER,
         units=tuple(make_unit(number) for number in range(num_units)),
-        versions=job.installed_versions(),
+        versions=installed_versions(),
     )
     return dataclasses.replace(plan, **fields)
 

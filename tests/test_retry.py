@@ -19,7 +19,7 @@ from streamprep import job
 from streamprep.cli import main
 from streamprep.crashpoints import RETRY_STEPS
 from streamprep.finalize import totals
-from streamprep.job import Round, Unit
+from streamprep.job_plan import Round, Unit
 from streamprep.manifest import load_index, load_manifest
 from streamprep.storage import open_store
 

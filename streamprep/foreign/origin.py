@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamprep import job
 from streamprep.errors import UserError
 from streamprep.foreign import checks
 from streamprep.foreign.declared import DeclaredContract
 from streamprep.foreign.groups import GroupColumns, WrongSize, read_group
 from streamprep.foreign.survey import LATENT, SMALL, Survey, pixels_of, survey
-from streamprep.job import JobPlan, Round, Unit
+from streamprep.job_plan import JobPlan, Round, Unit, installed_versions, keys_digest
 from streamprep.plan import Excluded
 from streamprep.record import BadClip, Record
 from streamprep.row_index import TEXT
@@ -179,7 +178,7 @@ def _unit(found: Survey, number: int) -> tuple[Unit, Record]:
         size_bytes=sum(4 * int(shape[mine].prod(axis=1).sum()) for name, shape in found.shapes.items() if name != TEXT),
         limit=None,
         num_rows=len(rows),
-        rows_sha256=job.keys_digest(keys),
+        rows_sha256=keys_digest(keys),
     )
     record = Record(unit=id, files=(written,), bad={}, dropped=dropped, quarantine=None, seconds={})
     return unit, record
@@ -207,5 +206,5 @@ def _plan(found: Survey, contract: Mapping[str, Any], units: list[Unit], train_f
         contract=contract,
         data_folder="",
         units=tuple(sorted(units, key=lambda unit: (-unit.num_clips, unit.id))),
-        versions=job.installed_versions(),
+        versions=installed_versions(),
     )
