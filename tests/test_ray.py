@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -177,18 +178,21 @@ def test_units_of_a_node_that_is_lost_are_taken_again_without_waiting(
 @contextmanager
 def node_of_its_own(address: str, log: Path, **environment: str) -> Iterator[psutil.Popen]:
     """A node with one GPU, as Ray believes. It sees none of our processes, nor we its own; all die with the first."""
+    alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    may = subprocess.run([*alone, "true"], capture_output=True, text=True)
+    if may.returncode:
+        pytest.skip(f"no process can be started in a namespace of its own: {may.stderr.strip()}")
     command = "ray start --block --num-gpus=1 --object-store-memory=80000000 --disable-usage-stats --address"
     with open(log, "w") as file:
         node = psutil.Popen(
-            ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command.split(), address],
+            [*alone, *command.split(), address],
             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment,
             stdout=file,
             stderr=file,
         )
     try:
         wait_until(lambda: node.poll() is not None or "Ray runtime started" in log.read_text())
-        if node.poll() is not None:
-            pytest.skip(f"cannot start a node in a namespace of its own: {log.read_text()}")
+        assert node.poll() is None, log.read_text()
         yield node
     finally:
         node.kill()
