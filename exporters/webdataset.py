@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -23,14 +21,13 @@ from torch import Tensor
 from streamprep import canonical, tensor_members
 from streamprep.errors import UserError
 from streamprep.keys import short_key
-from streamprep.shards import TarWriter, fits_ustar
-from streamprep.storage import PendingFile, Store
+from streamprep.shards import fits_ustar
+from streamprep.storage import Store
 from streamprep.tensor_members import EncodedTensor, cast, decode_member, encode_tensor
 from streamprep.types import EncodedClip, EncodedSample, TensorLocation, TextLocation, WrittenFile, WrittenRow
-from streamprep.unit_files import UnitFiles
+from streamprep.unit_tars import UnitTar, UnitTars, read_members
 
 FOLDER = "latent_shards"
-MAX_FILE_BYTES = 512 * 10**6
 CONTRACT = "__streamprep__/contract"
 WORKLOADS = ("t2v", "i2v", "text")
 POSTERIORS = ("mean", "moments")
@@ -43,7 +40,6 @@ OPTIONS = {
 ROWS_SHARE_TENSORS = True
 """All rows of a clip have one latent between them."""
 _TEXT = "text_embedding"
-_WRITE_BUFFER_BYTES = 2**18
 
 
 def option_problem(options: Mapping[str, str]) -> str | None:
@@ -97,9 +93,12 @@ class LatentShardWriter:
         *,
         samples_per_file: int,
     ) -> None:
-        self._files = UnitFiles(store, folder=FOLDER, unit=name, extension="tar")
-        self._contract, self._options, self._samples_per_file = canonical.to_json(contract), options, samples_per_file
-        self._open: _OpenFile | None = None
+        begin_with = {CONTRACT: canonical.to_json(contract)}
+        self._tars = UnitTars(store, folder=FOLDER, unit=name, samples_per_file=samples_per_file, begin_with=begin_with)
+        self._options = options
+        self._tar: UnitTar | None = None
+        self._num_samples = 0
+        self._last_key = ""
         self._clip: list[EncodedSample] = []
 
     def write(self, sample: EncodedSample) -> None:
@@ -115,53 +114,27 @@ class LatentShardWriter:
     def close(self) -> list[WrittenFile]:
         """Publish the files."""
         self._write_clip()
-        self._finish_file()
-        return self._files.publish()
+        return self._tars.publish()
 
     def __enter__(self) -> LatentShardWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with self._files:
-            if self._open is not None:
-                self._open.abandon()
+    def __exit__(self, *error: object) -> None:
+        self._tars.__exit__(*error)
 
     def _write_clip(self) -> None:
-        """Write the rows of the clip at hand, into a new file if this one would hold too many."""
+        """Write the rows of the clip at hand as one sample."""
         clip, self._clip = self._clip, []
         if not clip:
             return
-        if self._open is not None and len(self._open.rows) + len(clip) > self._samples_per_file:
-            self._finish_file()
-        if self._open is None:
-            self._open = _OpenFile(self._files.new(), self._contract)
-        self._open.write(clip, self._options)
-        if len(self._open.rows) >= self._samples_per_file or self._open.tar.size_bytes >= MAX_FILE_BYTES:
-            self._finish_file()
+        tar = self._tars.tar_for(len(clip))
+        if tar is not self._tar:
+            self._tar, self._num_samples, self._last_key = tar, 0, ""
+        self._tars.wrote(self._write_sample(tar, clip))
+        self._num_samples += 1
 
-    def _finish_file(self) -> None:
-        if self._open is None:
-            return
-        self._open.finish()
-        self._files.finish(self._open.file, self._open.rows)
-        self._open = None
-
-
-class _OpenFile:
-    """A tar being written."""
-
-    def __init__(self, file: PendingFile, contract: bytes) -> None:
-        self.file = file
-        self.rows: list[WrittenRow] = []
-        self._num_samples = 0
-        self._last_key = ""
-        self._target = open(file.path, "r+b", buffering=_WRITE_BUFFER_BYTES)  # noqa: SIM115 - closed by `finish`
-        self.tar = TarWriter(self._target)
-        self.tar.append(CONTRACT, (contract,), size=len(contract))
-
-    def write(self, clip: Sequence[EncodedSample], options: Mapping[str, str]) -> None:
-        """Add a sample: all rows of a clip."""
-        members = _encode(clip, options)
+    def _write_sample(self, tar: UnitTar, clip: Sequence[EncodedSample]) -> list[WrittenRow]:
+        members = _encode(clip, self._options)
         contents = {f"{name}.{one.extension}": (one.chunks, one.size_bytes) for name, one in members.items()}
         described = _describe(clip)
         contents["json"] = ((described,), len(described))
@@ -170,33 +143,21 @@ class _OpenFile:
             key = _member_key(clip[0].key, contents)
         self._last_key = key
         begins = {
-            extension: self.tar.append(f"{key}.{extension}", chunks, size=size)
+            extension: tar.append(f"{key}.{extension}", chunks, size=size)
             for extension, (chunks, size) in sorted(contents.items())
         }
         where = {name: _location(one, begins[f"{name}.{one.extension}"]) for name, one in members.items()}
         text = TextLocation(offset=begins["json"], size=len(described), form="json")
-        for row in clip:
-            tensors = {name: where[_text_member(clip, row) if name == _TEXT else name] for name in row.tensors}
-            self.rows.append(
-                WrittenRow(
-                    key=row.key,
-                    bucket=row.bucket,
-                    row_group=self._num_samples,
-                    tensors=tensors,
-                    texts={"id": text, "caption": text},
-                )
+        return [
+            WrittenRow(
+                key=row.key,
+                bucket=row.bucket,
+                row_group=self._num_samples,
+                tensors={name: where[_text_member(clip, row) if name == _TEXT else name] for name in row.tensors},
+                texts={"id": text, "caption": text},
             )
-        self._num_samples += 1
-
-    def finish(self) -> None:
-        """End the tar."""
-        self.tar.finish()
-        self._target.close()
-
-    def abandon(self) -> None:
-        """Let go of a file that nobody will see; on a full disk not even its buffer can be written."""
-        with suppress(OSError):
-            self._target.close()
+            for row in clip
+        ]
 
 
 def _of_one_clip(row: EncodedSample, other: EncodedSample) -> bool:
@@ -321,16 +282,11 @@ def _read_samples(store: Store, name: str) -> Iterator[tuple[dict[str, Any], dic
 
 def _read_members(store: Store, name: str) -> Iterator[tuple[str, str, bytes]]:
     """(key, all of its extension, content) of each member that has an extension."""
-    try:
-        with store.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                folder, slash, base = info.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                content = tar.extractfile(info) if dot else None
-                if content is not None:
-                    yield folder + slash + stem, extension, content.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"not a tar: {error}") from error
+    for member, content in read_members(store, name):
+        folder, slash, base = member.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if dot:
+            yield folder + slash + stem, extension, content
 
 
 def _decode(members: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -339,7 +339,8 @@ def batch_as_musubi(items: list[MusubiItem]) -> dict[str, Any]:
 def keys_of(cache_dir: Path) -> dict[str, str]:
     """Item -> key."""
     return {
-        path.name.removesuffix("_wan.json"): json.loads(path.read_bytes())["key"] for path in cache_dir.glob("*.json")
+        path.name.removesuffix("_wan.json"): json.loads(path.read_bytes())["keys"][0]
+        for path in cache_dir.glob("*.json")
     }
 
 

@@ -21,6 +21,7 @@ from exporting import CONTRACT, make_sample
 from exporting import write as write_by
 
 from exporters import webdataset as exporter
+from streamprep import unit_tars
 from streamprep.errors import UserError
 from streamprep.exporting import settle_options
 from streamprep.keys import key_of
@@ -212,7 +213,7 @@ def test_a_clip_is_never_split_across_files(samples_per_file: int, rows: list[in
 
 
 def test_a_file_ends_at_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "MAX_FILE_BYTES", 30_000)
+    monkeypatch.setattr(unit_tars, "MAX_FILE_BYTES", 30_000)
     written = write(open_store(tmp_path), *map(make_sample, range(6)))
     assert len(written) > 1
     assert all(30_000 <= file.size_bytes < 60_000 for file in written[:-1])

@@ -15,9 +15,8 @@ import io
 import json
 import shutil
 import sys
-import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,15 @@ from torch import Tensor
 from streamprep import canonical
 from streamprep.errors import UserError
 from streamprep.finalize import open_finished
-from streamprep.shards import TarWriter
-from streamprep.storage import PendingFile, Store, open_spool, open_store, whole_file
-from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
-from streamprep.unit_files import UnitFiles
+from streamprep.storage import Store, open_store
+from streamprep.types import EncodedSample, TensorLocation, TextLocation, WrittenFile, WrittenRow
+from streamprep.unit_tars import UnitTar, UnitTars, checked_members, read_members
 
 FOLDER = "finetrainers_items"
 WORKLOADS = ("t2v",)
 POSTERIORS = ("moments",)
 OPTIONS = {"latent_dtype": ("bfloat16", "float32")}
 """What can be chosen, the default first."""
-MAX_FILE_BYTES = 512 * 10**6
 DATA_FOLDER = "finetrainers-precomputed-data"
 """Where finetrainers looks, below its ``--precomputation_dir``."""
 
@@ -85,50 +82,48 @@ class ItemsWriter:
     def __init__(
         self, store: Store, name: str, contract: Mapping[str, Any], *, dtype: str, samples_per_file: int
     ) -> None:
-        self._files = UnitFiles(store, folder=FOLDER, unit=name, extension="tar")
-        self._contract, self._dtype, self._samples_per_file = contract, dtype, samples_per_file
-        self._open: _OpenTar | None = None
+        self._tars = UnitTars(store, folder=FOLDER, unit=name, samples_per_file=samples_per_file)
+        self._contract, self._dtype = contract, dtype
 
     def write(self, sample: EncodedSample) -> None:
         """Add one sample."""
-        if self._open is None:
-            self._open = _OpenTar(self._files.new())
-        self._open.rows.append(self._write(sample, self._open))
-        if len(self._open.rows) == self._samples_per_file or self._open.tar.size_bytes >= MAX_FILE_BYTES:
-            self._finish_file()
+        tar = self._tars.tar_for(1)
+        self._tars.wrote([self._write(sample, tar)])
 
     def close(self) -> list[WrittenFile]:
         """Publish the files."""
-        self._finish_file()
-        return self._files.publish()
+        return self._tars.publish()
 
     def __enter__(self) -> ItemsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with self._files:
-            if self._open is not None:
-                self._open.tar.file.close()
+    def __exit__(self, *error: object) -> None:
+        self._tars.__exit__(*error)
 
-    def _finish_file(self) -> None:
-        if self._open is not None:
-            self._open.tar.finish()
-            self._open.tar.file.close()
-            self._files.finish(self._open.file, self._open.rows)
-            self._open = None
-
-    def _write(self, sample: EncodedSample, target: _OpenTar) -> WrittenRow:
-        described = {"key": sample.key, "id": sample.id, "caption": sample.caption, "bucket": sample.bucket}
-        described["num_tokens"] = len(sample.tensors["text_embedding"])
+    def _write(self, sample: EncodedSample, tar: UnitTar) -> WrittenRow:
+        described = canonical.to_json(
+            {
+                "keys": [sample.key],
+                "ids": [sample.id],
+                "captions": [sample.caption],
+                "bucket": sample.bucket,
+                "num_tokens": len(sample.tensors["text_embedding"]),
+            }
+        )
         condition, text_at = _save(make_condition(sample, self._contract, dtype=self._dtype))
         latent, mean_at = _save(make_latent(sample, self._contract, dtype=self._dtype))
-        text_at += target.add(f"{sample.key}.condition.pt", condition)
-        mean_at += target.add(f"{sample.key}.latent.pt", latent)
-        target.add(f"{sample.key}.json", canonical.to_json(described))
+        text_at += tar.append(f"{sample.key}.condition.pt", (condition,))
+        mean_at += tar.append(f"{sample.key}.latent.pt", (latent,))
+        said = TextLocation(offset=tar.append(f"{sample.key}.json", (described,)), size=len(described), form="json")
         text, mean = self._place(sample, "text_embedding", text_at), self._place(sample, "vae_latent", mean_at)
         logvar = self._place(sample, "vae_logvar", mean_at + mean.size)  # the second half of one tensor
-        tensors = {"text_embedding": text, "vae_latent": mean, "vae_logvar": logvar}
-        return WrittenRow(key=sample.key, bucket=sample.bucket, row_group=len(target.rows), tensors=tensors)
+        return WrittenRow(
+            key=sample.key,
+            bucket=sample.bucket,
+            row_group=len(tar.rows),
+            tensors={"text_embedding": text, "vae_latent": mean, "vae_logvar": logvar},
+            texts={"id": said, "caption": said},
+        )
 
     def _place(self, sample: EncodedSample, name: str, offset: int) -> TensorLocation:
         tensor = sample.tensors[name]
@@ -136,26 +131,13 @@ class ItemsWriter:
         return TensorLocation(offset=offset, size=size, dtype=self._dtype, shape=tuple(tensor.shape))
 
 
-class _OpenTar:
-    """A file being written."""
-
-    def __init__(self, file: PendingFile) -> None:
-        self.file, self.tar = file, TarWriter(open(file.path, "wb"))  # noqa: SIM115 - closed by the writer
-        self.rows: list[WrittenRow] = []
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; where its first byte is."""
-        return self.tar.append(name, (data,), size=len(data))
-
-
 def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The rows of a file as torch reads it: (id, tensors by streamprep's names)."""
-    with store.open(name) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-        for condition, latent, described in _samples(tar):
-            row = json.loads(described)
-            text = _load(condition)["encoder_hidden_states"][0, : row["num_tokens"]]
-            mean, logvar = _load(latent)["latents"][0].chunk(2)
-            yield row["id"], {"text_embedding": text, "vae_latent": mean, "vae_logvar": logvar}
+    for condition, latent, described in _samples(read_members(store, name)):
+        row = json.loads(described)
+        text = _load(condition)["encoder_hidden_states"][0, : row["num_tokens"]]
+        mean, logvar = _load(latent)["latents"][0].chunk(2)
+        yield row["ids"][0], {"text_embedding": text, "vae_latent": mean, "vae_logvar": logvar}
 
 
 # --- finetrainers' items
@@ -202,12 +184,10 @@ def _load(item: bytes) -> dict[str, Tensor]:
     return loaded
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[bytes, bytes, bytes]]:
+def _samples(members: Iterable[tuple[str, bytes]]) -> Iterator[tuple[bytes, bytes, bytes]]:
     """Condition, latent and description of each sample."""
-    contents = [tar.extractfile(member) for member in tar]
-    for three in zip(*[iter(contents)] * 3, strict=True):
-        condition, latent, described = (member.read() for member in three if member is not None)
-        yield condition, latent, described
+    contents = (content for _, content in members)
+    return zip(contents, contents, contents, strict=True)
 
 
 # --- out of a finished job
@@ -225,6 +205,7 @@ def lay_out(out: str, precomputation_dir: Path) -> int:
 
     Raises:
         UserError: if the job is not finished, not of this exporter, or there are such items already.
+        OSError: if a file is damaged, or this machine has no room.
     """
     store, target = open_store(out), precomputation_dir / DATA_FOLDER
     current = open_finished(store)
@@ -238,15 +219,10 @@ def lay_out(out: str, precomputation_dir: Path) -> int:
     number = 0
     for record in current.records():
         for file in record.files:
-            with (
-                whole_file(store, file, scratch=open_spool()) as (here, name),
-                here.open(name) as opened,
-                tarfile.open(fileobj=opened, mode="r:") as tar,
-            ):
-                for condition, latent, _ in _samples(tar):
-                    (partial / f"condition-{number}.pt").write_bytes(condition)
-                    (partial / f"latent-{number}.pt").write_bytes(latent)
-                    number += 1
+            for condition, latent, _ in _samples(checked_members(store, file)):
+                (partial / f"condition-{number}.pt").write_bytes(condition)
+                (partial / f"latent-{number}.pt").write_bytes(latent)
+                number += 1
     partial.rename(target)
     return number
 
@@ -262,9 +238,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         number = lay_out(args.out, args.precomputation_dir)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"streamprep-finetrainers: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     print(f"{number} samples in {args.precomputation_dir / DATA_FOLDER}")
     return 0
 

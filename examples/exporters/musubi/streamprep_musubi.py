@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 import sys
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,16 @@ from streamprep import canonical
 from streamprep.errors import UserError
 from streamprep.finalize import open_finished
 from streamprep.keys import short_key
-from streamprep.shards import TarWriter
-from streamprep.storage import PendingFile, Store, open_spool, open_store, whole_file
+from streamprep.storage import Store, open_store
 from streamprep.tensor_members import cast, dtype_name, tensor_bytes
-from streamprep.types import EncodedSample, TensorLocation, WrittenFile, WrittenRow
-from streamprep.unit_files import UnitFiles
+from streamprep.types import EncodedSample, TensorLocation, TextLocation, WrittenFile, WrittenRow
+from streamprep.unit_tars import UnitTar, UnitTars, checked_members, read_members
 
 FOLDER = "musubi_caches"
 WORKLOADS = ("t2v", "i2v")
 POSTERIORS = ("mean",)
 OPTIONS = {"latent_dtype": ("bfloat16", "float32")}
 """What can be chosen, the default first."""
-MAX_FILE_BYTES = 512 * 10**6
 NORMALISED = "vae_latent_normalised"
 """What a job calls these latents: ``vae_latent`` is raw there, as its contract says."""
 MASK_CHANNELS = 4
@@ -91,78 +88,66 @@ class CachesWriter:
     def __init__(
         self, store: Store, name: str, contract: Mapping[str, Any], *, dtype: str, samples_per_file: int
     ) -> None:
-        self._files = UnitFiles(store, folder=FOLDER, unit=name, extension="tar")
-        self._contract, self._dtype, self._samples_per_file = contract, dtype, samples_per_file
-        self._open: _OpenTar | None = None
+        self._tars = UnitTars(store, folder=FOLDER, unit=name, samples_per_file=samples_per_file)
+        self._contract, self._dtype = contract, dtype
 
     def write(self, sample: EncodedSample) -> None:
         """Add one sample."""
-        if self._open is None:
-            self._open = _OpenTar(self._files.new())
-        self._open.rows.append(self._write(sample, self._open))
-        if len(self._open.rows) == self._samples_per_file or self._open.tar.size_bytes >= MAX_FILE_BYTES:
-            self._finish_file()
+        tar = self._tars.tar_for(1)
+        self._tars.wrote([self._write(sample, tar)])
 
     def close(self) -> list[WrittenFile]:
         """Publish the files."""
-        self._finish_file()
-        return self._files.publish()
+        return self._tars.publish()
 
     def __enter__(self) -> CachesWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with self._files:
-            if self._open is not None:
-                self._open.tar.file.close()
+    def __exit__(self, *error: object) -> None:
+        self._tars.__exit__(*error)
 
-    def _finish_file(self) -> None:
-        if self._open is not None:
-            self._open.tar.finish()
-            self._open.tar.file.close()
-            self._files.finish(self._open.file, self._open.rows)
-            self._open = None
-
-    def _write(self, sample: EncodedSample, target: _OpenTar) -> WrittenRow:
+    def _write(self, sample: EncodedSample, tar: UnitTar) -> WrittenRow:
         latents, text = make_latents(sample, self._contract, dtype=self._dtype), make_text(sample, dtype=self._dtype)
-        places = target.add(latents_name(sample), *_save(latents, latents_metadata(sample)))
-        places |= target.add(text_name(sample), *_save(text, text_metadata(sample)))
-        described = {"key": sample.key, "id": sample.id, "caption": sample.caption, "bucket": sample.bucket}
-        target.add(f"{item_of(sample.key)}_wan.json", canonical.to_json(described), {})
+        described = canonical.to_json(
+            {"keys": [sample.key], "ids": [sample.id], "captions": [sample.caption], "bucket": sample.bucket}
+        )
+        places = _append(tar, latents_name(sample), *_save(latents, latents_metadata(sample)))
+        places |= _append(tar, text_name(sample), *_save(text, text_metadata(sample)))
+        said = TextLocation(
+            offset=tar.append(f"{item_of(sample.key)}_wan.json", (described,)), size=len(described), form="json"
+        )
         tensors = {streamprep_name(name): place for name, place in places.items()}
         if "first_frame_latent" in tensors:
             tensors["first_frame_latent"] = _without_mask(tensors["first_frame_latent"])
-        return WrittenRow(key=sample.key, bucket=sample.bucket, row_group=len(target.rows), tensors=tensors)
+        return WrittenRow(
+            key=sample.key,
+            bucket=sample.bucket,
+            row_group=len(tar.rows),
+            tensors=tensors,
+            texts={"id": said, "caption": said},
+        )
 
 
-class _OpenTar:
-    """A file being written."""
-
-    def __init__(self, file: PendingFile) -> None:
-        self.file, self.tar = file, TarWriter(open(file.path, "wb"))  # noqa: SIM115 - closed by the writer
-        self.rows: list[WrittenRow] = []
-
-    def add(self, name: str, data: bytes, places: Mapping[str, TensorLocation]) -> dict[str, TensorLocation]:
-        """Append a member; its tensors' places in this file, of those in the member."""
-        begin = self.tar.append(name, (data,), size=len(data))
-        return {
-            tensor: TensorLocation(offset=begin + one.offset, size=one.size, dtype=one.dtype, shape=one.shape)
-            for tensor, one in places.items()
-        }
+def _append(tar: UnitTar, name: str, data: bytes, places: Mapping[str, TensorLocation]) -> dict[str, TensorLocation]:
+    """Add a member; its tensors' places in the file, of those in the member."""
+    begin = tar.append(name, (data,))
+    return {
+        tensor: TensorLocation(offset=begin + one.offset, size=one.size, dtype=one.dtype, shape=one.shape)
+        for tensor, one in places.items()
+    }
 
 
 def read_file(store: Store, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The rows of a file as safetensors reads it: (id, tensors by the names in a job)."""
-    with store.open(name) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-        tensors: dict[str, Tensor] = {}
-        for member, data in _members(tar):
-            if member.endswith(".json"):
-                yield json.loads(data)["id"], tensors
-                tensors = {}
-            else:
-                tensors |= {streamprep_name(key): tensor for key, tensor in safetensors.torch.load(data).items()}
-                if "first_frame_latent" in tensors:
-                    tensors["first_frame_latent"] = tensors["first_frame_latent"][-16:]
+    tensors: dict[str, Tensor] = {}
+    for member, data in read_members(store, name):
+        if member.endswith(".json"):
+            yield json.loads(data)["ids"][0], tensors
+            tensors = {}
+        else:
+            tensors |= {streamprep_name(key): tensor for key, tensor in safetensors.torch.load(data).items()}
+            if "first_frame_latent" in tensors:
+                tensors["first_frame_latent"] = tensors["first_frame_latent"][-16:]
 
 
 # --- musubi-tuner's caches: their names, and what is in them
@@ -280,13 +265,6 @@ def _save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[b
     return len(text).to_bytes(8, "little") + text + b"".join(values), places
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
-    for member in tar:
-        content = tar.extractfile(member)
-        assert content is not None
-        yield member.name, content.read()
-
-
 # --- out of a finished job
 
 
@@ -302,6 +280,7 @@ def lay_out(out: str, cache_dir: Path) -> int:
 
     Raises:
         UserError: if the job is not finished, not of this exporter, or the folder is there already.
+        OSError: if a file is damaged, or this machine has no room.
     """
     store = open_store(out)
     current = open_finished(store)
@@ -316,13 +295,8 @@ def lay_out(out: str, cache_dir: Path) -> int:
     for record in current.records():
         number += record.num_rows
         for file in record.files:
-            with (
-                whole_file(store, file, scratch=open_spool()) as (here, name),
-                here.open(name) as opened,
-                tarfile.open(fileobj=opened, mode="r:") as tar,
-            ):
-                for member, data in _members(tar):
-                    (partial / member).write_bytes(data)
+            for member, data in checked_members(store, file):
+                (partial / member).write_bytes(data)
     partial.rename(cache_dir)
     return number
 
@@ -338,9 +312,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         number = lay_out(args.out, args.cache_dir)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"streamprep-musubi: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     print(f"{number} items in {args.cache_dir}")
     return 0
 
