@@ -18,6 +18,7 @@ import pytest
 from forks import Forks, Process
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from object_stores import PROVIDERS, Faulty, NewBucket, on_azurite, on_fake_gs, on_moto, on_seaweedfs
+from quick_cases import mostly_slow
 from servers import Server
 from servers.fake_hf import READ_TOKEN, TOKEN
 from servers.fault_proxy import FaultProxy
@@ -288,7 +289,7 @@ def test_what_a_store_does_not_give_is_not_called_damaged(
     assert ": 0 problems" in done(run_cli("verify", f"{bucket}/out")).output
 
 
-@pytest.mark.parametrize("verb", ["pack", "encode"])
+@pytest.mark.parametrize("verb", mostly_slow(["pack", "encode"], quick=("pack",)))
 def test_credentials_that_expire_end_the_rank_and_the_same_command_goes_on_with_new_ones(
     verb: str,
     moto_server: Server,
@@ -332,7 +333,7 @@ def test_credentials_that_expire_end_the_rank_and_the_same_command_goes_on_with_
     assert unfinished_uploads(moto_server.env, bucket) == []
 
 
-@pytest.mark.parametrize("verb", ["pack", "encode"])
+@pytest.mark.parametrize("verb", mostly_slow(["pack", "encode"], quick=("encode",)))
 def test_a_request_without_an_answer_does_not_hold_up_who_is_asked_to_stop(
     verb: str,
     moto_server: Server,
@@ -413,6 +414,7 @@ def test_a_missing_bucket_is_said_before_anything_is_done(
         assert f"streamprep: {nowhere}/" in refused.output and "there is no such bucket" in refused.output
 
 
+@pytest.mark.slow
 def test_conditions_that_are_no_longer_honoured_harm_no_rank_and_are_noticed_by_the_next(
     moto_server: Server,
     new_bucket: NewBucket,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from object_stores import NewBucket
+from quick_cases import mostly_slow
 from servers import Server
 from servers.processes import answers
 from test_example_exporters import PACKAGES
@@ -85,9 +86,7 @@ def test_every_example_can_be_executed_is_in_the_readme_and_is_run_here(repo_roo
         assert f"`examples/{path.name}`" in readme, path
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "ray.sh" else []) for name in EXAMPLES]
-)
+@pytest.mark.parametrize("name", mostly_slow(EXAMPLES, quick=("wan_i2v.sh",)))
 def test_the_example_goes_from_videos_to_rows(
     name: str, run_example: Run, tiny_models: Callable[[str], Path], dataset: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from making import make_rules
+from quick_cases import mostly_slow
 from test_job import make_bad, make_batch, make_committer, make_job
 from test_plan import make_index, make_sample
 
@@ -670,7 +671,7 @@ def latents(job: FilterJob) -> dict[str, bytes]:
     return {row["id"]: row["vae_latent_bytes"] for row in table}
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", mostly_slow([1, 2], quick=(2,)))
 def test_the_bytes_do_not_depend_on_the_number_of_decoding_processes(
     finished: FilterJob, filter_job: FilterJob, num_workers: int
 ) -> None:
@@ -679,7 +680,10 @@ def test_the_bytes_do_not_depend_on_the_number_of_decoding_processes(
     assert filter_job.result() == finished.result()
 
 
-@pytest.mark.parametrize("point", ["plan.after:1", "data:1", "record:1", "record.after:1", "record:2", "record:3"])
+@pytest.mark.parametrize(
+    "point",
+    mostly_slow(["plan.after:1", "data:1", "record:1", "record.after:1", "record:2", "record:3"], quick=("record:2",)),
+)
 def test_a_killed_job_ends_with_the_same_bytes(finished: FilterJob, filter_job: FilterJob, point: str) -> None:
     assert filter_job.run(serial=True, crash_at=point).code == CRASHED
     process = filter_job.run(serial=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import pytest
+from quick_cases import mostly_slow
 
 from streamprep.errors import BAD_REASONS
 from streamprep.plan import DROP_REASONS
@@ -213,7 +214,7 @@ def test_verify_finds_nothing_wrong(encoded: EncodeJob) -> None:
 # The same bytes
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", mostly_slow([1, 2], quick=(2,)))
 def test_the_bytes_do_not_depend_on_the_number_of_decoding_processes(
     new_job: NewJob, encoded: EncodeJob, mixed_shards: Path, num_workers: int
 ) -> None:
@@ -223,7 +224,13 @@ def test_the_bytes_do_not_depend_on_the_number_of_decoding_processes(
     assert job.result() == encoded.result()
 
 
-@pytest.mark.parametrize("point", ["data:1", "data:3", "record:1", "record.after:2", "quarantine.after:1", "success:1"])
+@pytest.mark.parametrize(
+    "point",
+    mostly_slow(
+        ["data:1", "data:3", "record:1", "record.after:2", "quarantine.after:1", "success:1"],
+        quick=("quarantine.after:1",),
+    ),
+)
 def test_a_killed_job_ends_with_the_same_bytes(
     new_job: NewJob, encoded: EncodeJob, mixed_shards: Path, point: str
 ) -> None:

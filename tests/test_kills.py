@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from quick_cases import mostly_slow
 
 from streamprep.cli import main
 from streamprep.crashpoints import JOB_STEPS, POINTS
@@ -171,7 +172,7 @@ def test_a_signal_stops_a_job_at_once_and_the_same_command_goes_on(
 # --- decoding processes
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", mostly_slow([1, 2, 4], quick=(2,)))
 def test_the_bytes_do_not_depend_on_the_number_of_decoding_processes(
     new_job: NewJob, undisturbed: Undisturbed, shards: Path, num_workers: int
 ) -> None:

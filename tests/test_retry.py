@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import av
 import numpy as np
 import pytest
+from quick_cases import mostly_slow
 
 from exporters import fastvideo
 from streamprep import job
@@ -278,6 +279,8 @@ KILLS = [
     for number in PASSES.get(step, (1,))
     if step + moment != "success.after"  # it has ended, and what is bad would be tried once more
 ]
+QUICK_KILLS = [kill for kill in KILLS if kill.startswith((*RETRY_STEPS, "record.after"))]
+"""What a retry does that no other command does."""
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +310,7 @@ def assert_ends_like(expected: EncodeJob, encoded: EncodeJob, **flags: object) -
     assert encoded.problems() == []
 
 
-@pytest.mark.parametrize("point", KILLS)
+@pytest.mark.parametrize("point", mostly_slow(KILLS, quick=QUICK_KILLS))
 def test_a_retry_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     before_retry: EncodeJob, unkilled: EncodeJob, point: str
 ) -> None:

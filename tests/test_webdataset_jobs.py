@@ -14,6 +14,7 @@ import torch
 import webdataset
 from captioned_jobs import CAPTIONS, FLAGS, Encode
 from object_stores import NewBucket
+from quick_cases import mostly_slow
 from servers import Server
 
 from exporters import fastvideo
@@ -179,7 +180,7 @@ def finished(forks: Forks, shards: Path, model: Path, tmp_path_factory: pytest.T
     return job
 
 
-@pytest.mark.parametrize("point", KILLS)
+@pytest.mark.parametrize("point", mostly_slow(KILLS, quick=("data", "record.after")))
 def test_a_job_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     point: str, new_job: NewJob, finished: EncodeJob
 ) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from quick_cases import mostly_slow
 
 from streamprep import plugins
 from streamprep.config import PackConfig
@@ -212,7 +213,9 @@ def test_two_workers_make_the_same_bytes(dataset: tuple[str, Path], packed: Path
     assert contents(tmp_path) == contents(packed)
 
 
-@pytest.mark.parametrize("crash_at", ["pack.after", "shard:2", "shard.after:2", "shard_index", "manifest"])
+@pytest.mark.parametrize(
+    "crash_at", mostly_slow(["pack.after", "shard:2", "shard.after:2", "shard_index", "manifest"], quick=("shard:2",))
+)
 def test_packing_goes_on_from_a_kill(
     dataset: tuple[str, Path],
     packed: Path,
