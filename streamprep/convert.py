@@ -14,26 +14,26 @@ What FastVideo's own scripts wrote is taken too, if the user says what it is (`s
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from streamprep import canonical, exporting, job
+from streamprep import exporting, job
 from streamprep.board import Board, BoardGone
 from streamprep.commit import Committer, give_way
 from streamprep.config import ConvertConfig
 from streamprep.errors import UserError
-from streamprep.finalize import Totals, open_finished
+from streamprep.finalize import Totals
 from streamprep.foreign import origin as foreign_origin
 from streamprep.foreign.declared import contract_of, read_declaration
 from streamprep.job import Job
-from streamprep.job_plan import Fingerprint, JobPlan, Round, Unit, installed_versions
+from streamprep.job_plan import Fingerprint, JobPlan, Unit, installed_versions
+from streamprep.origin import Origin, open_finished_output
 from streamprep.progress import count, size
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.sealed import Damaged, check_unconditional, check_validation
@@ -54,89 +54,6 @@ from streamprep.tensor_members import cast, same_bytes
 from streamprep.types import EncodedSample, WrittenFile
 
 _VARIANCE = "vae_logvar"
-
-
-class Origin(Protocol):
-    """What is converted, as a finished output."""
-
-    @property
-    def store(self) -> Store:
-        """Has its files."""
-
-    @property
-    def plan(self) -> JobPlan:
-        """From which the new one is derived."""
-
-    @property
-    def records(self) -> Mapping[str, Record]:
-        """By unit."""
-
-    @property
-    def dtypes(self) -> Sequence[str]:
-        """Of all tensors there are, sorted."""
-
-    @property
-    def digests(self) -> Mapping[str, str]:
-        """Which tell it from any other."""
-
-    @property
-    def lines(self) -> Sequence[str]:
-        """What is to be said of it."""
-
-    def rounds(self) -> list[Round]:
-        """Its retries."""
-
-    def read(self, record: Record, scratch: Store) -> Iterator[EncodedSample | BadClip]:
-        """A unit's rows, and those of them that turn out bad only now."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinishedOutput:
-    """What `streamprep encode` or `convert` has made."""
-
-    job: Job
-    records: Mapping[str, Record]
-    reader: Any
-    """The exporter that wrote it."""
-
-    lines = ()
-
-    @property
-    def store(self) -> Store:
-        """Has its files."""
-        return self.job.store
-
-    @property
-    def plan(self) -> JobPlan:
-        """Its own."""
-        return self.job.plan
-
-    @property
-    def dtypes(self) -> Sequence[str]:
-        """Of all tensors there are."""
-        return _dtypes(self.records.values())
-
-    @property
-    def digests(self) -> Mapping[str, str]:
-        """Of its plan, and of what names all its files."""
-        files = (("plan", job.PLAN), ("success", job.SUCCESS))
-        return {f"{what}_sha256": canonical.bytes_digest(self.store.read(path)) for what, path in files}
-
-    def rounds(self) -> list[Round]:
-        """Its retries."""
-        return self.job.rounds()
-
-    def read(self, record: Record, scratch: Store) -> Iterator[EncodedSample]:
-        """A unit's rows, of files that are what their record says."""
-        read = functools.partial(
-            self.reader.read_samples,
-            workload=self.plan.contract["workload"],
-            train_fps=self.plan.config["train_fps"],
-            columns=self.plan.columns,
-        )
-        for file in record.files:
-            with whole_file(self.store, file, scratch=scratch) as (store, name):
-                yield from read(store, dataclasses.replace(file, name=name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +126,7 @@ def open_origin(config: ConvertConfig, source: Store, out: Store) -> Origin:
         UserError: if it is not finished, cannot be read back, or is not what ``--contract`` says.
     """
     if config.contract is None:
-        return _finished(source)
+        return open_finished_output(source)
     if source.exists(job.PLAN):
         raise UserError(f"{source.url} says itself what its latents are: leave --contract out")
     if f"{out.url.rstrip('/')}/".startswith(f"{source.url.rstrip('/')}/"):
@@ -274,31 +191,6 @@ def prepare(config: ConvertConfig, source: Origin) -> Conversion:
             versions=installed_versions(),
             converted={"from": source.store.url, "loses": loses, **source.digests},
         ),
-    )
-
-
-def _finished(store: Store) -> FinishedOutput:
-    source = open_finished(store)
-    name = source.plan.config["exporter"]
-    reader = exporting.open_exporter(name)
-    if not hasattr(reader, "read_samples"):
-        raise UserError(
-            f"{store.url} was written by the exporter {name}, which cannot read its rows back: it has no read_samples "
-            "(see CONTRIBUTING.md, Adding an output format)"
-        )
-    return FinishedOutput(job=source, records={record.unit: record for record in source.records()}, reader=reader)
-
-
-def _dtypes(records: Iterable[Record]) -> list[str]:
-    """Of all tensors there are."""
-    return sorted(
-        {
-            where.dtype
-            for record in records
-            for file in record.files
-            for row in file.rows
-            for where in row.tensors.values()
-        }
     )
 
 

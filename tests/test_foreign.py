@@ -704,7 +704,7 @@ def test_wrong_uses_are_refused(
     assert convert(theirs, theirs / "new", declaration) == 2
     assert "is within" in capsys.readouterr().err
     assert cli.main(["convert", str(theirs), str(tmp_path / "new"), "--exporter=fastvideo"]) == 2
-    assert "is not the output of" in capsys.readouterr().err
+    assert "if FastVideo's scripts wrote it, say what it is: --contract FILE" in capsys.readouterr().err
 
 
 def test_normalised_latents_are_not_written_for_fastvideos_trainers(
