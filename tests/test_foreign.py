@@ -288,6 +288,16 @@ def test_a_row_that_is_there_twice_is_taken_once_and_another_of_its_id_is_kept(
     }
 
 
+def test_captions_of_another_video_of_the_same_id_are_one_clip(
+    rows: list[Row], write: WriteRows, declared: DeclaredContract
+) -> None:
+    theirs = write([*rows, *({**row, "caption": f"{row['caption']} Elsewhere."} for row in rows)])
+    with pytest.warns(UserWarning, match="has the id of another row"):
+        dataset = EncodedDataset(theirs, batch_size=1, contract=declared, captions="one", with_captions=True)
+    clips = [key.partition("@")[0] for key in by_key(dataset)]
+    assert len(clips) == len(set(clips)) == 2 * (NUM_ROWS - TWO_CAPTIONS)
+
+
 @pytest.mark.filterwarnings("ignore:.*says")
 def test_files_of_older_schemas_are_read(
     latents: Encoded, rows: list[Row], write: WriteRows, declared: DeclaredContract

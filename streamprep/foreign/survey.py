@@ -334,7 +334,7 @@ class _Rows:
             self._drop(file, row, key, "repeated_row", "a row before has the same id, caption, shapes and all else")
             return
         seen.append(digest)
-        self._keys.append(key if len(seen) == 1 else f"{key}~{len(seen):02d}")
+        self._keys.append(key if len(seen) == 1 else _numbered(key, len(seen)))
         if len(seen) > 1:
             self._doubt(f"has the id of another row, its key is {self._keys[-1]}", where)
         self._file.append(number)
@@ -420,6 +420,12 @@ class _Rows:
             ),
             contract=self._contract,
         )
+
+
+def _numbered(key: str, number: int) -> str:
+    """The key of another row of the same id; its captions stay those of one clip."""
+    clip, at, caption = key.partition("@")
+    return f"{clip}~{number:02d}{at}{caption}"
 
 
 def _key_of(id: str) -> str:
