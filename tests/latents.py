@@ -52,7 +52,7 @@ def read_all(out: Path) -> Encoded:
     for record in job.open_job(store).records():
         for file in record.files:
             for row, (_, arrays) in zip(file.rows, fastvideo.read_file(store, file.name), strict=True):
-                tensors[row.key] = {name: np.array(array) for name, array in arrays.items()}
+                tensors[row.key] = {name: array.numpy() for name, array in arrays.items()}
     return Encoded(out, tensors)
 
 
