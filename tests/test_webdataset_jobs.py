@@ -20,9 +20,10 @@ from servers import Server
 from exporters import fastvideo
 from exporters import webdataset as exporter
 from streamprep import cli
+from streamprep.dataset import decode_latents
 from streamprep.job import INDEX, Job, open_job
 from streamprep.storage import open_store
-from streamprep.tensor_members import cast, decode_bytes, decode_latents, same_bytes
+from streamprep.tensor_members import cast, decode_bytes, same_bytes
 from streamprep.verify import verify_job
 
 if TYPE_CHECKING:
