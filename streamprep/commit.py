@@ -23,6 +23,7 @@ _NEXT_STEP = (
     "When the cause is gone (more --decode-timeout or --decode-memory-mb, a repaired shard), `streamprep retry OUT` "
     "tries them again and lets the job go on"
 )
+_NEXT_STEP_CONVERTED = "What is converted was not changed; another --contract, or repaired files, need another NEW"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +125,23 @@ class Committer:
             decoders=dict(sorted(self._unit_decoders.items())),
             halved=dict(sorted(self._unit_halved.items())),
         )
-        if self.job.commit(record):
-            self._tally.add(record)
-        else:
-            record = give_way(self.job, record)
+        record = self.commit_record(record)
         self._unit_bad, self._unit_dropped, self._unit_decoders, self._unit_rows = [], [], Counter(), 0
         self._unit_halved = {}
         self._unit_began = time.monotonic()
         return record
+
+    def commit_record(self, ours: Record) -> Record:
+        """Create the record of a unit whose files are published; if another process was first, return that one's."""
+        if self.job.commit(ours):
+            self._tally.add(ours)
+            return ours
+        theirs = self.job.record(ours.unit)
+        assert theirs is not None
+        kept = named_files(theirs)
+        for name in named_files(ours) - kept:
+            self.job.store.delete(name, step="delete")
+        return theirs
 
     def check_bad_limit(self) -> None:
         """Stop the job if more samples are bad than allowed.
@@ -189,9 +199,10 @@ class Committer:
         bad = {reason: number for reason, number in by_reason.most_common() if number}
         reasons = ", ".join(f"{reason} {number}" for reason, number in bad.items())
         clips = [*self._unit_bad, *self.job.bad_clips().values()][:_EXAMPLES]
+        next_step = _NEXT_STEP if self.job.plan.converted is None else _NEXT_STEP_CONVERTED
         examples = "".join(f"\n  {clip.key}: {clip.reason}: {clip.exception}" for clip in clips)
         stop: dict[str, Any] = {
-            "message": f"{message} ({reasons}){examples}\n{_NEXT_STEP}",
+            "message": f"{message} ({reasons}){examples}\n{next_step}",
             "max_bad_fraction": self._max_bad_fraction,
             "bad": bad,
             "num_rows": counts.num_rows,
@@ -199,16 +210,6 @@ class Committer:
         }
         self.job.store.put(job.STOP, canonical.to_pretty_json(stop), step="stop")
         raise TooManyBadSamples(stop["message"])
-
-
-def give_way(current: Job, ours: Record) -> Record:
-    """Another process committed this unit first: its record counts, our files that it does not name go."""
-    theirs = current.record(ours.unit)
-    assert theirs is not None
-    kept = named_files(theirs)
-    for name in named_files(ours) - kept:
-        current.store.delete(name, step="delete")
-    return theirs
 
 
 def obey_earlier_stop(current: Job, max_bad_fraction: float) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from streamprep import exporting, job
 from streamprep.board import Board, BoardGone
-from streamprep.commit import Committer, give_way
+from streamprep.commit import Committer, obey_earlier_stop
 from streamprep.config import ConvertConfig
 from streamprep.errors import UserError
 from streamprep.finalize import Totals
@@ -85,6 +85,7 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
 
     Raises:
         UserError: before anything is written.
+        TooManyBadSamples: if so many of others' rows are bad that the contract must be wrong.
         UnitsSetAside: if all is done but what kills every process that tries it.
     """
     source, out = open_store(config.source), open_store(config.out, spool_dir=config.spool_dir)
@@ -106,6 +107,9 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
         session.progress.total = sum(record.num_rows for record in conversion.source.records.values())
         for line in (*_describe(conversion, left), *(describe_staging(out) if left else ())):
             session.progress.message(line)
+        limit = None if config.contract is None else config.max_bad_fraction
+        if begun and limit is not None:
+            obey_earlier_stop(begun, limit)
         session.checked()
         with suppress(BoardGone):
             if left and session.board.add("convert.begun", 1) == 1:
@@ -113,9 +117,9 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
         current = begun or job.start_or_join(out, plan)
         out.remove_unpublished()
         _copy_what_is_of_no_unit(conversion, current)
-        if left:
-            _convert_units(conversion, current, session, grace_seconds=config.grace_seconds)
-        with Committer(current, open_writer=None, max_bad_fraction=None, board=session.board) as committer:
+        with Committer(current, open_writer=None, max_bad_fraction=limit, board=session.board) as committer:
+            if left:
+                _convert_units(conversion, committer, session, grace_seconds=config.grace_seconds)
             return end(current, session, committer, anew=not left)
 
 
@@ -283,9 +287,10 @@ def _naming(store: Store, path: str) -> Iterator[None]:
         raise NotWhole(f"{store.url}/{path}", str(error)) from error
 
 
-def _convert_units(conversion: Conversion, current: Job, session: Session, *, grace_seconds: float) -> None:
+def _convert_units(conversion: Conversion, committer: Committer, session: Session, *, grace_seconds: float) -> None:
     """Take units until all are settled, and convert and commit them."""
-    units, out = conversion.units, current.store
+    units, current = conversion.units, committer.job
+    out = current.store
     by_id = {unit.id: unit for unit in units}
     left = set(current.not_done(by_id))
     records = conversion.source.records
@@ -308,10 +313,10 @@ def _convert_units(conversion: Conversion, current: Job, session: Session, *, gr
                 quarantine=quarantine,
                 seconds={"unit": time.monotonic() - began},
             )
-            if not current.commit(ours):
-                ours = give_way(current, ours)
+            ours = committer.commit_record(ours)
             claims.finished(unit)
             fleet.committed(rows[unit], ours)
+            committer.check_bad_limit()
             stop.obey()
             session.obey_others(current)
         stop.obey()

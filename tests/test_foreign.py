@@ -654,6 +654,24 @@ def test_rows_that_cannot_be_used_are_counted_and_listed(
     assert len(kept) == 17 and not kept & set(bad)
 
 
+def test_too_many_rows_that_cannot_be_used_stop_the_conversion(
+    rows: list[Row], write: WriteRows, declaration: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = [{**row, "id": f"{number}.mp4"} for number, row in enumerate([*rows, *rows])]
+    for number in range(NUM_ROWS, NUM_ROWS + 21):
+        many.append({**many[0], **nan_in("vae_latent")(many[0]), "id": f"{number + NUM_ROWS}.mp4"})
+    theirs, out = write(many), tmp_path / "new"
+    assert convert(theirs, out, declaration) == 3
+    said = capsys.readouterr().err
+    assert "21 of " in said and "samples are bad" in said and "non_finite 21" in said and "another NEW" in said
+    assert "retry" not in said and not (out / job.SUCCESS).exists()
+    assert cli.main(["status", str(out)]) == 3
+    assert convert(theirs, out, declaration) == 3
+    current = converted(theirs, out, declaration, "--exporter=fastvideo", "--max-bad-fraction=0.5")
+    assert sum(record.num_rows for record in current.records()) == 2 * NUM_ROWS
+    assert len(current.bad_clips()) == 21
+
+
 def test_padding_in_a_later_row_ends_the_conversion(
     rows: list[Row], write: WriteRows, declaration: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
