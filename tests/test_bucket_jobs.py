@@ -437,6 +437,7 @@ def test_conditions_that_are_no_longer_honoured_harm_no_rank_and_are_noticed_by_
     assert refused.returncode == 2 and "--only-writer" in refused.output
 
 
+@pytest.mark.slow  # test_bucket_ranks.py does, and kills them
 def test_several_ranks_share_a_job_in_a_bucket(
     moto_server: Server, new_bucket: NewBucket, local_job: tuple[Store, Store], tiny_model: Path, run_cli: RunCli
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from captioned_jobs import FLAGS, Encode
 from jobs import leave_an_orphan
 from object_stores import NewBucket
+from quick_cases import mostly_slow
 from runs import Run
 from servers import Server
 
@@ -402,7 +403,12 @@ def undisturbed(retried: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return converted(retried, tmp_path_factory.mktemp("undisturbed") / "out", *FLOAT32)
 
 
-@pytest.mark.parametrize("point", [*KILLS, "data:2", "record:3", "record.after:2"])
+ALL_KILLS = [*KILLS, "data:2", "record:3", "record.after:2"]
+
+
+@pytest.mark.parametrize(
+    "point", mostly_slow(ALL_KILLS, quick=[kill for kill in ALL_KILLS if ".after" not in kill or "record" in kill])
+)
 def test_a_conversion_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     point: str, forks: Forks, retried: Job, undisturbed: Job, tmp_path: Path
 ) -> None:
@@ -444,6 +450,7 @@ def test_nproc_auto_is_for_gpus() -> None:
         ConvertConfig(source="out", out="new", exporter="webdataset", nproc="auto")
 
 
+@pytest.mark.slow  # as it does for encode: test_ranks.py
 def test_nproc_starts_ranks_and_starts_one_that_dies_again(forks: Forks, retried: Job, tmp_path: Path) -> None:
     odd = ("--exporter=odd_exporter:open_shard", "--stale-seconds=1")
     command = ("convert", retried.store.url, tmp_path / "out", *odd, "--nproc", 2)

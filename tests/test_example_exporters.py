@@ -24,6 +24,7 @@ import pytest
 import torch
 from forks import Forks, Process
 from object_stores import NewBucket
+from quick_cases import mostly_slow
 from safetensors import safe_open
 from safetensors.torch import load_file
 from servers import Server
@@ -503,7 +504,7 @@ def test_contracts_of_other_latents_are_refused(
     assert message in module.contract_problem(contract)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", mostly_slow(PACKAGES, quick=("musubi",)))
 def test_only_what_is_whole_is_laid_out_and_all_at_once(
     package: str, request: pytest.FixtureRequest, commands: Commands, tmp_path: Path
 ) -> None:

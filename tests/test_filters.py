@@ -671,7 +671,8 @@ def latents(job: FilterJob) -> dict[str, bytes]:
     return {row["id"]: row["vae_latent_bytes"] for row in table}
 
 
-@pytest.mark.parametrize("num_workers", mostly_slow([1, 2], quick=(2,)))
+@pytest.mark.slow  # test_kills.py says so of a job without these
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_bytes_do_not_depend_on_the_number_of_decoding_processes(
     finished: FilterJob, filter_job: FilterJob, num_workers: int
 ) -> None:

@@ -214,7 +214,8 @@ def test_verify_finds_nothing_wrong(encoded: EncodeJob) -> None:
 # The same bytes
 
 
-@pytest.mark.parametrize("num_workers", mostly_slow([1, 2], quick=(2,)))
+@pytest.mark.slow  # test_kills.py says so of a job without these
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_bytes_do_not_depend_on_the_number_of_decoding_processes(
     new_job: NewJob, encoded: EncodeJob, mixed_shards: Path, num_workers: int
 ) -> None:

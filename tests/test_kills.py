@@ -41,13 +41,14 @@ KILLS = [
 ]
 KILLS_OF_A_STOP = [kill for kill in KILLS if kill.startswith("stop")]
 KILLS_OF_A_RUN = [kill for kill in KILLS if not kill.startswith(("stop", "failed"))]
-"""Setting a unit aside has its own tests: test_set_aside.py."""
+"""Setting a unit aside has its own tests: test_ranks.py."""
+BEFORE_A_STEP_OR_ITS_RECORD = [kill for kill in KILLS_OF_A_RUN if ".after" not in kill or kill.startswith("record")]
 
 
 # --- at a durable step
 
 
-@pytest.mark.parametrize("point", KILLS_OF_A_RUN)
+@pytest.mark.parametrize("point", mostly_slow(KILLS_OF_A_RUN, quick=BEFORE_A_STEP_OR_ITS_RECORD))
 def test_a_job_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     new_job: NewJob, undisturbed: Undisturbed, shards: Path, point: str
 ) -> None:
@@ -99,7 +100,8 @@ def test_there_is_a_kill_at_every_durable_step_of_a_job() -> None:
 # --- at any moment
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_ranks.py kills at random too
+@pytest.mark.parametrize("num_kills", [3, 20])
 def test_a_job_killed_at_random_moments_ends_as_if_it_had_not_been(
     new_job: NewJob, undisturbed: Undisturbed, slow_shards: Path, tmp_path: Path, num_kills: int
 ) -> None:

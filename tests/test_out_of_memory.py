@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import make_options
 from pipelines import make_noise, max_difference
+from quick_cases import mostly_slow
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
@@ -151,7 +152,11 @@ def mismatch() -> None:
 
 
 @pytest.mark.parametrize(
-    "fail", [say_it_is_full, ask_torch_for_too_much, ask_python_for_too_much, cublas_has_none, onednn_has_none]
+    "fail",
+    mostly_slow(
+        [say_it_is_full, ask_torch_for_too_much, ask_python_for_too_much, cublas_has_none, onednn_has_none],
+        quick=(ask_torch_for_too_much, cublas_has_none),
+    ),
 )
 def test_every_way_to_say_it_is_understood(fail: Callable[[], None]) -> None:
     def encode(part: slice) -> list[int]:

@@ -352,7 +352,12 @@ def test_an_index_that_changed_is_refused(packed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "crash_at",
-    [f"{step}{when}" for step in PACK_STEPS for when in ("", ".after")] + ["shard:3", "shard_index:2"],
+    [
+        *(step for step in PACK_STEPS),
+        *(pytest.param(f"{step}.after", marks=pytest.mark.slow) for step in PACK_STEPS),
+        "shard:3",
+        "shard_index:2",
+    ],
 )
 def test_packing_goes_on_from_any_kill(
     dataset: Path,

@@ -91,7 +91,9 @@ def demanding(make_shards: Callable[..., Path], make_video: Callable[..., Path],
 @pytest.mark.parametrize(
     ("reason", "key", "tight", "ample"),
     [
-        ("decoder_memory", "large", {"decode_memory_mb": 48}, {"decode_memory_mb": 4096}),
+        pytest.param(
+            "decoder_memory", "large", {"decode_memory_mb": 48}, {"decode_memory_mb": 4096}, marks=pytest.mark.slow
+        ),
         ("decoder_timeout", "slow", {"decode_timeout": 0.3}, {"decode_timeout": 100}),
     ],
 )

@@ -390,7 +390,11 @@ def test_a_full_spool_says_where_it_is(
 
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize(
-    "fault", [Answer(503), CutReply(), CutReply(reset=False), Reset(), StallReply(30)], ids=lambda fault: str(fault)
+    "fault",
+    mostly_slow(
+        [Answer(503), CutReply(), CutReply(reset=False), Reset(), StallReply(30)], quick=(Answer(503), CutReply())
+    ),
+    ids=lambda fault: str(fault),
 )
 def test_packing_gets_through_faults(
     name: str,
