@@ -527,10 +527,23 @@ def test_three_hundred_clips_leave_no_open_file_and_no_mapping_behind() -> None:
     def count_open_files(pid: int) -> int:
         return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
+    def let_all_decode() -> None:
+        busy: set[int] = set()
+
+        def note_who_is_busy(over: threading.Event) -> None:
+            while not over.wait(0.002):
+                busy.update(pool.working_on())
+
+        with meanwhile(note_who_is_busy):
+            while len(busy) < 2:
+                check_all(pool, [slow_task("0", 50), slow_task("1", 50)])
+
     rank, task = os.getpid(), make_task("0")
+    with open_pool() as pool:  # starts the fork server, which stays
+        check_all(pool, [task])
     closed = count_open_files(rank)
     with open_pool(num_slots=2) as pool:
-        check_all(pool, [task] * 20)
+        let_all_decode()
         processes = [rank, *pool.worker_pids()]
         before = {pid: count_open_files(pid) for pid in processes}
         check_all(pool, [task] * 300)
