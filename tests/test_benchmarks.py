@@ -185,7 +185,7 @@ def test_the_simulated_ranks_commit_every_unit_whatever_fails(run_python: Run, t
 @pytest.mark.parametrize(
     ("parts", "goals"),
     [
-        (["latency"], ["latency: streamprep, reading, MB/s / raw"]),
+        pytest.param(["latency"], ["latency: streamprep, reading, MB/s / raw"], marks=pytest.mark.slow),
         pytest.param(
             ["pack", "first-clip"],
             ["pack: MB/s / raw"],

@@ -197,7 +197,13 @@ def test_a_plan_of_a_bucket_goes_into_one(
         assert pq.read_table(file)["decision"].to_pylist() == ["encode"] * NUM_VIDEOS
 
 
-@pytest.mark.parametrize("point", ["plan", "uncond.after", "attempt.after", "data.after", "record", "record.after"])
+@pytest.mark.parametrize(
+    "point",
+    mostly_slow(
+        ["plan", "uncond.after", "attempt.after", "data.after", "record", "record.after"],
+        quick=["data.after", "record"],
+    ),
+)
 def test_a_killed_job_goes_on_in_a_bucket(
     point: str,
     moto_server: Server,

@@ -167,7 +167,7 @@ def musubi(encode: Encode) -> tuple[Path, Expected]:
 # --- their own tests, and what is written about them
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", mostly_slow(PACKAGES, quick=["finetrainers"]))
 def test_the_package_passes_the_contract(package: str, site: Path, repo_root: Path) -> None:
     """Its command is run here, below."""
     done = subprocess.run(

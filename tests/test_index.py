@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import webdataset
+from quick_cases import mostly_slow
 
 from streamprep.cli import main
 from streamprep.config import IndexConfig
@@ -177,7 +178,13 @@ def test_damage_after_indexing_is_found_by_verify(videos: list[bytes], tmp_path:
     assert verify_shards(open_store(tars)).problems == ["00000.tar: 000000000.mp4 is damaged"]
 
 
-@pytest.mark.parametrize("crash_at", ["pack", "shard:2", "shard.after", "shard_index", "shard_index.after", "manifest"])
+@pytest.mark.parametrize(
+    "crash_at",
+    mostly_slow(
+        ["pack", "shard:2", "shard.after", "shard_index", "shard_index.after", "manifest"],
+        quick=["shard:2", "shard_index.after", "manifest"],
+    ),
+)
 def test_indexing_goes_on_from_any_kill(
     videos: list[bytes], tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]], crash_at: str
 ) -> None:

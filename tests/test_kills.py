@@ -124,7 +124,9 @@ def run_and_kill(job: EncodeJob, random: Random) -> int:
     return code
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["rank", "group"])
+@pytest.mark.parametrize(
+    "group", [pytest.param(False, id="rank", marks=pytest.mark.slow), pytest.param(True, id="group")]
+)
 def test_a_rank_killed_while_a_clip_is_decoded_leaves_no_process(
     new_job: NewJob, slow_shards: Path, group: bool
 ) -> None:
@@ -140,7 +142,7 @@ def test_a_rank_killed_while_a_clip_is_decoded_leaves_no_process(
     [
         pytest.param(signal.SIGTERM, False, False, id="SIGTERM"),
         pytest.param(signal.SIGINT, True, False, id="Ctrl-C", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, False, True, id="SIGTERM-serial"),
+        pytest.param(signal.SIGTERM, False, True, id="SIGTERM-serial", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_stops_a_job_at_once_and_the_same_command_goes_on(
@@ -207,10 +209,10 @@ def answering_child(process: Process) -> psutil.Process | None:
 @pytest.mark.parametrize(
     ("find_child", "number"),
     [
-        (starting_child, signal.SIGKILL),
+        pytest.param(starting_child, signal.SIGKILL, marks=pytest.mark.slow),
         (idle_child, signal.SIGKILL),
         (busy_child, signal.SIGKILL),
-        (answering_child, signal.SIGKILL),
+        pytest.param(answering_child, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(idle_child, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(busy_child, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(answering_child, signal.SIGSTOP, marks=pytest.mark.slow),
@@ -320,7 +322,7 @@ def fill_disk(filler: Path, *, free_kb: int) -> None:
             file.truncate(file.tell() - 1024 * free_kb)
 
 
-@pytest.mark.parametrize("free_kb", [0, 8, 24, 40, 60])
+@pytest.mark.parametrize("free_kb", mostly_slow([0, 8, 24, 40, 60], quick=[0, 24]))
 def test_a_full_disk_is_an_error_that_more_room_repairs(
     new_job: NewJob, undisturbed: Undisturbed, shards: Path, small_disk: Path, free_kb: int
 ) -> None:

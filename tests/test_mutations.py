@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks, Process
+from quick_cases import mostly_slow
 from reference import Geometry, Row, compare, encode_dataset, read_rows
 
 pytest_plugins = ["jobs"]
@@ -483,7 +484,7 @@ def test_it_is_the_copy_that_runs(encode: Callable[..., Trial]) -> None:
     assert "this is the copy" in trial.process.output
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", mostly_slow(MISTAKES, quick=MISTAKES[::3]), ids=lambda mistake: mistake.name)
 def test_a_mistake_is_noticed(mistake: Mistake, encode: Callable[..., Trial], repo_root: Path) -> None:
     text = (repo_root / mistake.file).read_text()
     assert text.count(mistake.before) == 1

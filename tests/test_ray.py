@@ -64,7 +64,6 @@ def start_on_ray(cluster: Any) -> StartOnRay:
     return start
 
 
-@pytest.mark.slow
 def test_ranks_in_actors_write_what_one_process_writes(
     new_job: NewJob, start_on_ray: StartOnRay, undisturbed: Undisturbed, shards: Path
 ) -> None:
@@ -79,6 +78,7 @@ def test_ranks_in_actors_write_what_one_process_writes(
 # --- killed
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_killed_is_replaced_and_its_units_are_taken_again(
     new_job: NewJob, start_on_ray: StartOnRay, undisturbed: Undisturbed, slow_shards: Path
 ) -> None:

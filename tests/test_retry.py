@@ -321,6 +321,7 @@ def test_a_retry_killed_at_a_durable_step_ends_as_if_it_had_not_been(
     assert_ends_like(unkilled, before_retry, serial=True)
 
 
+@pytest.mark.slow
 def test_a_retry_killed_while_it_decodes_goes_on(before_retry: EncodeJob, unkilled: EncodeJob) -> None:
     process = before_retry.start_retry(num_workers=2)
     process.wait_for(lambda: process.decode_children())

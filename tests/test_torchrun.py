@@ -93,15 +93,17 @@ def assert_done(job: EncodeJob, expected: EncodeJob) -> None:
     assert main(["status", str(job.out)]) == 0
 
 
-def test_torchrun_restarts_ranks_that_are_killed(
-    new_job: NewJob, undisturbed: Undisturbed, slow_shards: Path, start: Callable[..., Launcher]
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_torchrun_starts_ranks_and_restarts_those_that_are_killed(
+    new_job: NewJob, undisturbed: Undisturbed, slow_shards: Path, start: Callable[..., Launcher], killed: bool
 ) -> None:
     job = new_job(slow_shards)
     torchrun = start(
         *TORCHRUN, "--nproc-per-node", 2, "--max-restarts", 5, *job.command(num_workers=1, stale_seconds=3)
     )
     wait_for(job.num_records)
-    torchrun.ranks()[0].kill()
+    if killed:
+        torchrun.ranks()[0].kill()
     assert torchrun.wait() == 0, torchrun.output
     assert_done(job, undisturbed(slow_shards))
 

@@ -57,6 +57,7 @@ def test_captions_do_not_repeat_in_a_large_set() -> None:
     assert len(set(captions)) == 2000
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(clips: Path, tmp_path: Path) -> None:
     """x264's macroblock tree made every second run differ, at widths of 240 and 320."""
     for name in ("again", "once more"):
