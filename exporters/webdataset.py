@@ -98,7 +98,8 @@ class LatentShardWriter:
         self._options = options
         self._tar: UnitTar | None = None
         self._num_samples = 0
-        self._last_key = ""
+        self._keys: set[str] = set()
+        """Of the samples in the tar at hand."""
         self._clip: list[EncodedSample] = []
 
     def write(self, sample: EncodedSample) -> None:
@@ -129,7 +130,7 @@ class LatentShardWriter:
             return
         tar = self._tars.tar_for(len(clip))
         if tar is not self._tar:
-            self._tar, self._num_samples, self._last_key = tar, 0, ""
+            self._tar, self._num_samples, self._keys = tar, 0, set()
         self._tars.wrote(self._write_sample(tar, clip))
         self._num_samples += 1
 
@@ -138,10 +139,7 @@ class LatentShardWriter:
         contents = {f"{name}.{one.extension}": (one.chunks, one.size_bytes) for name, one in members.items()}
         described = _describe(clip)
         contents["json"] = ((described,), len(described))
-        key = _member_key(_clip_key(clip[0]), contents)
-        if key == self._last_key:  # a row of the clip before, but with something of its own
-            key = _member_key(clip[0].key, contents)
-        self._last_key = key
+        key = self._free_key(clip[0], contents)
         begins = {
             extension: tar.append(f"{key}.{extension}", chunks, size=size)
             for extension, (chunks, size) in sorted(contents.items())
@@ -158,6 +156,14 @@ class LatentShardWriter:
             )
             for row in clip
         ]
+
+    def _free_key(self, first: EncodedSample, contents: Mapping[str, Any]) -> str:
+        """The clip's, unless a row before is of the same clip, but with something of its own."""
+        own = (f"{first.key}~{number:02d}" for number in itertools.count(2))
+        keys = (_member_key(key, contents) for key in itertools.chain((_clip_key(first), first.key), own))
+        key = next(key for key in keys if key not in self._keys)
+        self._keys.add(key)
+        return key
 
 
 def _of_one_clip(row: EncodedSample, other: EncodedSample) -> bool:

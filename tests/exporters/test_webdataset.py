@@ -239,6 +239,19 @@ def test_rows_that_differ_in_more_than_their_text_are_kept_apart(change: Mapping
     assert same_bytes(read[1]["vae_latent"], {**other.tensors, **change.get("tensors", {})}["vae_latent"])
 
 
+def test_no_two_samples_of_a_file_have_one_name(tmp_path: Path) -> None:
+    """As others' ids may be called, of videos that have nothing in common."""
+    samples = [make_sample(number, key=key) for number, key in enumerate(("b@12", "z", "b@34", "b"))]
+    (file,) = write(open_store(tmp_path), *samples, latent_dtype="float32")
+    with tarfile.open(tmp_path / file.name) as tar:
+        names = tar.getnames()
+    assert len(names) == len(set(names))
+    assert len(list(webdataset.WebDataset(urls(tmp_path, [file]), shardshuffle=False))) == len(samples)
+    read = [tensors for _, tensors in exporter.read_file(open_store(tmp_path), file.name)]
+    for sample, tensors in zip(samples, read, strict=True):
+        assert same_bytes(tensors["vae_latent"], sample.tensors["vae_latent"])
+
+
 # Names
 
 
