@@ -144,7 +144,10 @@ def translate(words: Sequence[str]) -> tuple[list[str], list[str]]:
     ours = with_file_defaults(RunConfig, [*_ranks(done), *given])  # of a TOML file first, then what was given
     said = {_said(flag) for flag in ours}
     defaults = [_as_flag(name, value) for name, value in _habits(done, workload).items() if name not in said]
-    return ["run", dataset, _output(done), *defaults, *ours], done.notes
+    out = _output(done)
+    if not any(flag.startswith("--exporter=") and flag != "--exporter=fastvideo" for flag in ours):
+        done.notes.append(f"FastVideo's trainers read {out.rstrip('/')}/combined_parquet_dataset")
+    return ["run", dataset, out, *defaults, *ours], done.notes
 
 
 def cut_into_flags(words: Sequence[str]) -> Iterator[Flag]:
@@ -165,7 +168,10 @@ def cut_into_flags(words: Sequence[str]) -> Iterator[Flag]:
     cut = [_flag(shown, values) for shown, values in flags]
     files = [flag for flag in cut if flag.name == "config" and not flag.value().endswith(".toml")]  # that is ours
     for file in files:
-        yield from cut_into_flags(_words_of_file(Path(file.value())))
+        words_of_file = _words_of_file(Path(file.value()))
+        if any(_flag(word.partition("=")[0], ()).name == "config" for word in words_of_file if word.startswith("--")):
+            raise UserError(f"--config {file.value()}: it names a further file, which is not read")
+        yield from cut_into_flags(words_of_file)
     yield from (flag for flag in cut if flag not in files)
 
 
@@ -237,9 +243,9 @@ def _own(flag: Flag) -> list[str]:
 
 
 def _nearest(flag: Flag) -> str:
-    known = {*_SPECIAL, *SAME, *IDLE, *REFUSED, *OWN}
-    near = difflib.get_close_matches(flag.name, known, n=1)
-    prefix = "preprocess." if flag.prefixed else ""
+    theirs = {*_SPECIAL, *SAME, *IDLE, *REFUSED}
+    near = difflib.get_close_matches(flag.name, {*theirs, *OWN}, n=1)
+    prefix = "preprocess." if flag.prefixed and near and near[0] in theirs else ""
     return f"; did you mean --{prefix}{near[0]}?" if near else f"; see python -m {PROG} --help"
 
 
@@ -376,9 +382,7 @@ def _output(done: Translation) -> str:
         raise UserError("--output_dir and --preprocess.dataset_output_dir name two outputs: leave one out")
     if done.is_legacy and not {"output_dir", "dataset_output_dir"} & places.keys():
         raise UserError("--output_dir is missing: where the latents go")
-    out = places.get("output_dir") or places.get("dataset_output_dir") or "./output"
-    done.notes.append(f"FastVideo's trainers read {out.rstrip('/')}/combined_parquet_dataset")
-    return out
+    return places.get("output_dir") or places.get("dataset_output_dir") or "./output"
 
 
 def _habits(done: Translation, workload: str) -> dict[str, str]:

@@ -253,6 +253,20 @@ def _flags_of_run() -> set[str]:
     return {field.name for field in fields(config.RunConfig)} - {"dataset", "out"}
 
 
+def test_where_fastvideo_reads_is_said_of_its_own_format() -> None:
+    assert any(
+        "trainers read O/combined_parquet_dataset" in line for line in notes("--preprocess.dataset_output_dir", "O")
+    )
+    assert not any("trainers read" in line for line in notes("--exporter", "webdataset"))
+
+
+def test_a_file_of_flags_cannot_name_another(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"config: {path}\nnum_gpus: 2\n")
+    with pytest.raises(UserError, match=r"job.yaml: it names a further file"):
+        translate([*NEW, "--config", str(path)])
+
+
 def test_num_gpus_starts_ranks_unless_a_launcher_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_config("--num_gpus", 4).nproc == "4"
     assert run_config("--num_gpus", 1).nproc == "1"
@@ -268,7 +282,7 @@ def test_num_gpus_starts_ranks_unless_a_launcher_has(monkeypatch: pytest.MonkeyP
     [
         ("--wokload_type t2v", r"--wokload_type: neither .* did you mean --workload_type\?"),
         ("--preprocess.dataset_pth D", r"did you mean --preprocess.dataset_path\?"),
-        ("--preprocess.filters black", "--preprocess.filters: neither"),
+        ("--preprocess.filters black", r"--preprocess.filters: neither .* did you mean --filters\?"),
         ("--workload_type t2i", "--workload_type t2i: FastVideo preprocesses t2v and i2v"),
         ("--preprocess_task ode_trajectory", "ode_trajectory: only t2v, i2v, text_only"),
         ("--preprocess_task matrixgame2", "use FastVideo's own"),
