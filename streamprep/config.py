@@ -205,8 +205,8 @@ class ConvertConfig(LatentSettings, RankSettings):
     """Most rows in a file; by default as OUT has it."""
     posterior: Literal["mean"] | None = None
     """Keep the mean only, where OUT holds mean and log variance."""
-    max_bad_fraction: float = 0.05
-    """With --contract: stop when more than this share of the rows, and more than 20, are bad."""
+    max_bad_fraction: float | None = None
+    """With --contract: stop when more than this share of the rows, and more than 20, are bad; by default 0.05."""
     nproc: str = "1"
     """Processes (ranks) to start."""
     log_dir: str | None = None
@@ -216,8 +216,11 @@ class ConvertConfig(LatentSettings, RankSettings):
         RankSettings.__post_init__(self)
         if self.nproc == "auto":
             raise UserError("--nproc auto is one process for each GPU, which convert has no use for: say how many")
-        checks.at_least(0, max_bad_fraction=self.max_bad_fraction)
-        checks.at_most(1, max_bad_fraction=self.max_bad_fraction)
+        if self.max_bad_fraction is not None:
+            if self.contract is None:
+                raise UserError("--max-bad-fraction goes with --contract: a finished output has no bad rows")
+            checks.at_least(0, max_bad_fraction=self.max_bad_fraction)
+            checks.at_most(1, max_bad_fraction=self.max_bad_fraction)
         if self.samples_per_file is not None:
             checks.at_least(1, samples_per_file=self.samples_per_file)
 

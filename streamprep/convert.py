@@ -38,7 +38,7 @@ from streamprep.progress import count, size
 from streamprep.record import BadClip, QuarantineFile, Record
 from streamprep.sealed import Damaged, check_unconditional, check_validation
 from streamprep.session import Session, begin_session, end
-from streamprep.settings import LatentSettings
+from streamprep.settings import EncodeSettings, LatentSettings
 from streamprep.signals import sigterm_asks
 from streamprep.storage import (
     NamedFile,
@@ -107,7 +107,7 @@ def convert(config: ConvertConfig, board: Board | None = None) -> Totals:
         session.progress.total = sum(record.num_rows for record in conversion.source.records.values())
         for line in (*_describe(conversion, left), *(describe_staging(out) if left else ())):
             session.progress.message(line)
-        limit = None if config.contract is None else config.max_bad_fraction
+        limit = None if config.contract is None else _max_bad_fraction(config)
         if begun and limit is not None:
             obey_earlier_stop(begun, limit)
         session.checked()
@@ -133,11 +133,24 @@ def open_origin(config: ConvertConfig, source: Store, out: Store) -> Origin:
         return open_finished_output(source)
     if source.exists(job.PLAN):
         raise UserError(f"{source.url} says itself what its latents are: leave --contract out")
-    if f"{out.url.rstrip('/')}/".startswith(f"{source.url.rstrip('/')}/"):
+    if _is_within(out, source):
         raise UserError(
             f"{config.out} is within {config.source}, whose Parquet files are all taken: use another folder"
         )
     return foreign_origin.open_origin(source, contract_of(read_declaration(config.contract)))
+
+
+def _max_bad_fraction(config: ConvertConfig) -> float:
+    asked = config.max_bad_fraction
+    return EncodeSettings.max_bad_fraction if asked is None else asked
+
+
+def _is_within(inner: Store, outer: Store) -> bool:
+    """Whether a store is a folder of another, by whatever links."""
+    here, there = inner.local_path(), outer.local_path()
+    if here is not None and there is not None:
+        return here.resolve().is_relative_to(there.resolve())
+    return f"{inner.url.rstrip('/')}/".startswith(f"{outer.url.rstrip('/')}/")
 
 
 def prepare(config: ConvertConfig, source: Origin) -> Conversion:

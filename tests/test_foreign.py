@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from streamprep import cli, job
 from streamprep.dataset import EncodedDataset, Source, declare_contract
 from streamprep.errors import UserError
 from streamprep.foreign import groups
+from streamprep.foreign import origin as foreign_origin
 from streamprep.foreign.declared import DeclaredContract
 from streamprep.foreign.survey import survey
 from streamprep.job import Job, open_job
@@ -391,6 +393,10 @@ REFUSED = {
         lambda rows: changed(rows, 0, lambda row: {"vae_latent_bytes": row["vae_latent_bytes"][:-4]}),
         r"data_chunk_0.parquet, row group 0, row 0 of it, column vae_latent_bytes: \d+ bytes, and its shape needs",
     ),
+    "a negative size": (
+        lambda rows: changed(rows, 3, lambda row: {"vae_latent_shape": [16, -2, -4, 6]}),
+        r"row 3 \(.*\), column vae_latent_shape: \[16, -2, -4, 6\], no tensor has such a shape",
+    ),
     "no values at all": (
         lambda rows: [{**row, "vae_latent_bytes": b"", "vae_latent_shape": []} for row in rows],
         r"none of 20 rows can be used: .*empty_tensor",
@@ -426,6 +432,53 @@ def test_a_missing_column_is_named(rows: list[Row], write: WriteRows, declared: 
         EncodedDataset(write(rows, schema=without), batch_size=2, contract=declared)
 
 
+WRONG_TYPES = {
+    "caption": (pa.list_(pa.string()), lambda row: [row["caption"], "x"]),
+    "id": (pa.int64(), lambda _: 7),
+    "file_name": (pa.binary(), lambda row: row["file_name"].encode()),
+    "width": (pa.string(), lambda _: "wide"),
+    "fps": (pa.string(), lambda _: "24/1"),
+    "num_frames": (pa.bool_(), lambda _: True),
+    "vae_latent_shape": (pa.string(), lambda row: str(row["vae_latent_shape"])),
+    "vae_latent_bytes": (pa.list_(pa.float32()), lambda _: [0.5]),
+    "text_embedding_dtype": (pa.int64(), lambda _: 32),
+}
+
+
+@pytest.mark.parametrize("column", WRONG_TYPES)
+def test_a_column_of_another_type_is_refused_before_it_is_read_as_what_it_is_not(
+    column: str, rows: list[Row], write: WriteRows, declared: DeclaredContract
+) -> None:
+    type, value = WRONG_TYPES[column]
+    schema = pa.schema([field.with_type(type) if field.name == column else field for field in SCHEMAS["t2v"]])
+    theirs = write([{**row, column: value(row)} for row in rows], schema=schema)
+    with pytest.raises(
+        UserError,
+        match=rf"data_chunk_0.parquet, column {column}: of type .*, it must be (text|bytes|a number|a list of)",
+    ):
+        EncodedDataset(theirs, batch_size=2, contract=declared)
+
+
+@pytest.mark.parametrize("type", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_text_is_text_however_arrow_keeps_it(
+    type: pa.DataType, rows: list[Row], write: WriteRows, declared: DeclaredContract
+) -> None:
+    schema = pa.schema([field.with_type(type) if field.name == "caption" else field for field in SCHEMAS["t2v"]])
+    dataset = EncodedDataset(write(rows, schema=schema), batch_size=1, contract=declared, with_captions=True)
+    assert Counter(caption for batch in dataset for caption in batch["captions"]) == Counter(
+        row["caption"] for row in rows
+    )
+
+
+def test_a_column_that_is_there_twice_is_refused(rows: list[Row], write: WriteRows, declared: DeclaredContract) -> None:
+    theirs = write(rows)
+    path = theirs / "combined_parquet_dataset/worker_1/data_chunk_0.parquet"
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(table.append_column("caption", table["caption"]), path)
+    with pytest.raises(UserError, match=r"worker_1/data_chunk_0.parquet has several columns caption"):
+        EncodedDataset(theirs, batch_size=2, contract=declared)
+
+
 def test_columns_that_its_scripts_get_wrong_are_no_reason_to_refuse(
     rows: list[Row], write: WriteRows, declared: DeclaredContract
 ) -> None:
@@ -438,6 +491,19 @@ def test_columns_that_its_scripts_get_wrong_are_no_reason_to_refuse(
     )
     assert any(re.search(r"says 1920x1080 pixels, its latent is of \d+x\d+; so do 19 more", text) for text in texts)
     assert found.num_rows == NUM_ROWS
+
+
+@pytest.mark.parametrize("fps", [float("nan"), float("inf"), -3.0])
+def test_a_rate_that_is_none_is_unknown(
+    fps: float, rows: list[Row], write: WriteRows, declaration: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = write([{**row, "fps": fps} for row in rows])
+    converted(theirs, tmp_path / "new", declaration, "--exporter=webdataset", "--latent-dtype=float32")
+    assert re.search(rf"says fps {fps}, which is no rate: it is unknown; so do 19 more", capsys.readouterr().err)
+    (tar, *_) = sorted((tmp_path / "new/latent_shards").glob("*.tar"))
+    with tarfile.open(tar) as file:
+        member = file.extractfile(next(name for name in file.getnames() if name.endswith(".json")))
+        assert member is not None and json.loads(member.read())["source_fps"] == 0.0
 
 
 def of_statistics(rows: Sequence[Row], mean: Sequence[float], std: Sequence[float]) -> list[Row]:
@@ -672,6 +738,31 @@ def test_too_many_rows_that_cannot_be_used_stop_the_conversion(
     assert len(current.bad_clips()) == 21
 
 
+def test_a_file_replaced_while_it_is_converted_is_an_error(
+    rows: list[Row], write: WriteRows, declaration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By one of the same size, whose rows are others: their keys would be those of the rows before."""
+    theirs = write(rows, compression="none")
+    path = theirs / "combined_parquet_dataset/worker_1/data_chunk_0.parquet"
+    size = path.stat().st_size
+    check = foreign_origin.checks.check_values
+
+    def replace_after(*arguments: Any) -> Any:
+        found = check(*arguments)
+        table = pq.read_table(path, partitioning=None)
+        table = table.set_column(0, "id", pa.array([f"{number:0>{len(id)}}" for number, id in
+                                                    enumerate(table["id"].to_pylist())]))  # fmt: skip
+        pq.write_table(table, path, compression="none")
+        assert path.stat().st_size == size
+        return found
+
+    monkeypatch.setattr(foreign_origin.checks, "check_values", replace_after)
+    assert convert(theirs, tmp_path / "new", declaration, "--exporter=fastvideo") != 0
+    assert "worker_1/data_chunk_0.parquet was changed since its rows were counted" in capsys.readouterr().err
+    assert not (tmp_path / "new" / job.SUCCESS).exists()
+
+
 def test_padding_in_a_later_row_ends_the_conversion(
     rows: list[Row], write: WriteRows, declaration: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -731,6 +822,12 @@ def test_wrong_uses_are_refused(
     theirs = write(rows)
     assert convert(theirs, theirs / "new", declaration) == 2
     assert "is within" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(theirs)
+    assert convert(tmp_path / "link", theirs / "new", declaration) == 2
+    assert "is within" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["convert", str(latents.out), "new", "--exporter=fastvideo", "--max-bad-fraction=1"])
+    assert "--max-bad-fraction goes with --contract" in capsys.readouterr().err
     assert cli.main(["convert", str(theirs), str(tmp_path / "new"), "--exporter=fastvideo"]) == 2
     assert "if FastVideo's scripts wrote it, say what it is: --contract FILE" in capsys.readouterr().err
 

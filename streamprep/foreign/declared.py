@@ -49,7 +49,7 @@ class Declaration:
         if not isinstance(self.model_path, str):
             raise UserError(f"model_path must be a folder or a hub id, got {self.model_path!r}")
         fps = self.train_fps
-        if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < float("inf")):
+        if fps is not None and not (type(fps) in (int, float) and 0 < fps < float("inf")):
             raise UserError(f"train_fps must be above 0, got {fps!r}")
 
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from streamprep.errors import first_line
-from streamprep.foreign.survey import column_of, is_of_parquet
+from streamprep.foreign.columns import column_of
+from streamprep.foreign.survey import footer_digest, is_of_parquet
 from streamprep.row_index import RowIndex
 from streamprep.storage import Store
 from streamprep.tensor_reads import DamagedFile, FetchedRow
@@ -139,7 +140,15 @@ class GroupColumns:
         return None if column is None else column[position].as_py()
 
 
-def read_group(store: Store, path: str, group: int, names: Iterable[str], *, size_bytes: int | None) -> GroupColumns:
+def read_group(
+    store: Store,
+    path: str,
+    group: int,
+    names: Iterable[str],
+    *,
+    size_bytes: int | None,
+    footer_sha256: str | None = None,
+) -> GroupColumns:
     """Decompress one row group, a column after the other: the memory holds it, and one column's compressed bytes.
 
     Args:
@@ -148,6 +157,7 @@ def read_group(store: Store, path: str, group: int, names: Iterable[str], *, siz
         group: Number of the row group.
         names: Tensors, and small columns.
         size_bytes: Of the file when it was surveyed.
+        footer_sha256: Of its footer then; None compares the size only.
 
     Raises:
         DamagedFile: if it is another file by now, or cannot be read.
@@ -157,6 +167,8 @@ def read_group(store: Store, path: str, group: int, names: Iterable[str], *, siz
         with store.open(path) as opened:
             if size_bytes is not None and (found := opened.seek(0, 2)) != size_bytes:
                 raise DamagedFile(f"{url} has {found} bytes and had {size_bytes} when it was opened: it was changed")
+            if footer_sha256 is not None and footer_digest(opened, opened.seek(0, 2)) != footer_sha256:
+                raise DamagedFile(f"{url} was changed since its rows were counted")
             parquet = pq.ParquetFile(opened, pre_buffer=False)
             columns = dict(_columns(parquet, group, list(names)))
             pa.default_memory_pool().release_unused()  # of 2 GB that pyarrow takes for a moment it would keep 1.5

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from streamprep.errors import UserError
 from streamprep.foreign import checks
+from streamprep.foreign.columns import SMALL
 from streamprep.foreign.declared import DeclaredContract
 from streamprep.foreign.groups import GroupColumns, WrongSize, read_group
-from streamprep.foreign.survey import LATENT, SMALL, Survey, pixels_of, survey
+from streamprep.foreign.survey import LATENT, Survey, pixels_of, rate_of, survey
 from streamprep.job_plan import JobPlan, Round, Unit, installed_versions, keys_digest
 from streamprep.plan import Excluded
 from streamprep.record import BadClip, Record
@@ -72,7 +73,9 @@ class ForeignOrigin:
             rows = zip(mine.tolist(), file.rows, strict=True)
             for group, of_group in itertools.groupby(rows, key=lambda one: one[1].row_group):
                 names = [*self.found.shapes, *SMALL]
-                columns = read_group(self.store, file.name, group, names, size_bytes=file.size_bytes)
+                columns = read_group(
+                    self.store, file.name, group, names, size_bytes=file.size_bytes, footer_sha256=file.sha256
+                )
                 for row, written in of_group:
                     yield self._read_row(columns, row, written, f"{self.store.url}/{file.name} ({written.key})")
                 del columns  # before there is another
@@ -113,7 +116,7 @@ class ForeignOrigin:
             height=height,
             num_frames=num_frames,
             train_fps=self.train_fps,
-            source_fps=float(columns.value("fps", position) or 0.0),
+            source_fps=rate_of(columns.value("fps", position)) or 0.0,
             media_type=columns.text("media_type", position) or "video",
         )
 

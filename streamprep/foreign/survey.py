@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,13 @@ from numpy.typing import NDArray
 from streamprep import canonical
 from streamprep.ahead import fetch_ahead
 from streamprep.errors import UserError, first_line
+from streamprep.foreign.columns import SMALL, columns_to_read, unused_columns
 from streamprep.keys import key_of
 from streamprep.progress import count, size
 from streamprep.row_index import RAW, TEXT, TEXTS, RowGroups, RowIndex, TensorColumns, TextColumns
 from streamprep.storage import FileEntry, Store, StoreError
 
 LATENT, FIRST_FRAME, CLIP_FEATURE = "vae_latent", "first_frame_latent", "clip_feature"
-OLDER_NAMES = {"vae_latent": "latent", "caption": "prompt"}
-"""What columns were called in files of earlier versions, which FastVideo's readers still take."""
-SMALL = ("id", "file_name", "caption", "media_type", "width", "height", "num_frames", "duration_sec", "fps")
-
 _SPLITS = ("combined_parquet_dataset", "training_dataset", "validation_dataset")
 _RANKS = {"vae_latent": 4, "first_frame_latent": 4, "text_embedding": 2, "clip_feature": 2}
 _NO_TENSOR = ("", "unknown", None)
@@ -177,15 +174,6 @@ def pixels_of(video: Mapping[str, Any], shape: Sequence[int]) -> tuple[int, int,
     return 1 + (shape[1] - 1) * int(video["temporal_factor"]), shape[2] * factor, shape[3] * factor
 
 
-def column_of(tensor_or_text: str, names: Iterable[str]) -> str | None:
-    """What a tensor's bytes' or a text's column is called in a file, without ``_bytes``; None if it has none."""
-    names = set(names)
-    for name in (tensor_or_text, OLDER_NAMES.get(tensor_or_text, "")):
-        if name in names or f"{name}_bytes" in names:
-            return name
-    return None
-
-
 def survey(store: Store, contract: Mapping[str, Any]) -> Survey:
     """Look at all rows.
 
@@ -241,11 +229,8 @@ def _read_small(store: Store, entry: FileEntry, contract: Mapping[str, Any]) -> 
     with store.open(entry.path) as opened:
         try:
             parquet = pq.ParquetFile(opened, pre_buffer=False)
-            metadata, names = parquet.metadata, parquet.schema_arrow.names
-            wanted = {name: column_of(name, names) for name in SMALL}
-            for tensor in contract["tensors"]:
-                wanted |= _tensor_columns(tensor, names, f"{store.url}/{entry.path}")
-            there = {name: column for name, column in wanted.items() if column is not None}
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+            there = columns_to_read(schema, contract["tensors"], f"{store.url}/{entry.path}")
             table = parquet.read(columns=list(there.values()), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             if not is_of_parquet(error):
@@ -255,21 +240,12 @@ def _read_small(store: Store, entry: FileEntry, contract: Mapping[str, Any]) -> 
         file = ForeignFile(
             path=entry.path,
             size_bytes=entry.size_bytes,
-            footer_sha256=_footer_digest(opened, entry.size_bytes),
+            footer_sha256=footer_digest(opened, entry.size_bytes),
             group_rows=tuple(group.num_rows for group in groups),
             group_bytes=tuple(group.total_byte_size for group in groups),
-            unused=tuple(_unused(names, there.values())),
+            unused=tuple(unused_columns(schema.names, there.values())),
         )
     return file, pa.table({name: table[column] for name, column in there.items()})
-
-
-def _unused(names: Sequence[str], used: Iterable[str]) -> Iterator[str]:
-    """Columns, or names of tensors."""
-    used = {name.removesuffix("_shape") for name in used}
-    for name in names:
-        tensor = next((name.removesuffix(end) for end in ("_bytes", "_shape", "_dtype") if name.endswith(end)), name)
-        if tensor not in used and (tensor == name or name.endswith("_bytes")):
-            yield tensor
 
 
 def is_of_parquet(error: Exception) -> bool:
@@ -277,18 +253,8 @@ def is_of_parquet(error: Exception) -> bool:
     return isinstance(error, pa.ArrowException) or (not isinstance(error, StoreError) and error.args[1:] == ())
 
 
-def _tensor_columns(tensor: str, names: Sequence[str], where: str) -> dict[str, str]:
-    column = column_of(tensor, names)
-    found = {f"{tensor}_{what}": f"{column}_{what}" for what in ("shape", "dtype")}
-    if lacking := [name for name in (f"{column or tensor}_bytes", *found.values()) if name not in names]:
-        raise UserError(
-            f"{where} has no column {lacking[0].replace('None', tensor)}, which the declared contract needs; it has "
-            f"{', '.join(names)}: declare another workload or model"
-        )
-    return found
-
-
-def _footer_digest(opened: Any, size_bytes: int) -> str:
+def footer_digest(opened: Any, size_bytes: int) -> str:
+    """Of an open file's footer, which knows all offsets and sizes but not the values."""
     opened.seek(size_bytes - 8)
     length = int.from_bytes(opened.read(4), "little")
     opened.seek(size_bytes - 8 - length)
@@ -361,6 +327,8 @@ class _Rows:
         if dtype not in _FLOAT32:
             raise UserError(f"{where.removesuffix('_shape')}_dtype: {dtype}, float32 is what FastVideo's readers take")
         expected = _expected(self._contract, name, shape)
+        if min(shape) < 0:
+            raise UserError(f"{where}: {found}, no tensor has such a shape")
         if len(shape) != len(expected) or any(b is not None and a != b for a, b in zip(shape, expected, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in expected)
             raise UserError(
@@ -384,7 +352,7 @@ class _Rows:
             )
         num_frames, height, width = pixels_of(self._contract["video"], latent)
         factor = self._contract["video"]["spatial_factor"]
-        said = (int(values.get("width") or 0), int(values.get("height") or 0))
+        said = (_pixels(values.get("width")), _pixels(values.get("height")))
         if all(said) and sorted(said) != sorted((width, height)):
             other = _factor(said, latent)
             if other is not None:
@@ -397,6 +365,9 @@ class _Rows:
         frames = values.get("num_frames")
         if frames and frames not in (latent[1], num_frames):
             self._doubt(f"says num_frames {frames}, its latent is of {num_frames} ({latent[1]} of its own)", where)
+        fps = values.get("fps")
+        if fps is not None and rate_of(fps) is None:
+            self._doubt(f"says fps {fps}, which is no rate: it is unknown", where)
 
     def finish(self, files: tuple[ForeignFile, ...]) -> Survey:
         """When all files have been seen."""
@@ -422,6 +393,16 @@ class _Rows:
         )
 
 
+def rate_of(fps: float | None) -> float | None:
+    """Frames per second as a column has them; None if that cannot be."""
+    return float(fps) if fps is not None and 0 <= fps < math.inf else None
+
+
+def _pixels(said: float | None) -> int:
+    """As a column has them; 0 if that cannot be."""
+    return int(said) if said is not None and 0 < said < math.inf else 0
+
+
 def _numbered(key: str, number: int) -> str:
     """The key of another row of the same id; its captions stay those of one clip."""
     clip, at, caption = key.partition("@")
@@ -436,7 +417,7 @@ def _key_of(id: str) -> str:
 
 def _is_empty(values: Mapping[str, Any], name: str) -> bool:
     shape = values[f"{name}_shape"]
-    return not shape or not math.prod(shape) or values[f"{name}_dtype"] in _NO_TENSOR
+    return not shape or None in shape or not math.prod(shape) or values[f"{name}_dtype"] in _NO_TENSOR
 
 
 def _expected(contract: Mapping[str, Any], name: str, shape: Sequence[int]) -> list[int | None]:
