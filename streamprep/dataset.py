@@ -331,13 +331,18 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
     # --- reading
 
     def __iter__(self) -> Iterator[Batch]:
-        # No generator: where the pass begins is looked at now, not when the first batch is asked for.
+        # No generator: where the pass begins is settled now, not when the first batch is asked for. A loader's worker
+        # is asked whenever its turn comes; it has begun by then. Without workers torchdata makes an iterator too many.
         self._position = start = self._next_position()
+        if torch.utils.data.get_worker_info() is not None:
+            epoch, consumed = self._shared.begin()
+            self._position = start = replace(start, epoch=epoch, consumed=consumed)
         self._to_skip = 0
         return self._pass(start)
 
     def _pass(self, start: _Position) -> Iterator[Batch]:
-        self._shared.begin()
+        if torch.utils.data.get_worker_info() is None:
+            self._shared.begin()
         epoch = self._epoch(start.epoch)
         numbers = self._share(epoch, start.consumed)
         last = numbers[-1] if numbers else None

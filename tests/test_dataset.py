@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -269,6 +270,50 @@ def test_set_epoch_reaches_workers(latents: Encoded, persistent: bool) -> None:
         assert keys_of(batches) == expected[epoch]
         assert {batch["epoch"] for batch in batches} == {epoch}
         assert dataset.epoch == epoch + 1
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_look_at_one_batch_is_a_pass_for_all_workers(latents: Encoded, method: str) -> None:
+    """Those that had not begun it took the next pass for the first: rows of two epochs in one, some lost."""
+    expected = [keys_of(list(pass_)) for pass_ in itertools.repeat(EncodedDataset(latents.out, batch_size=1), 3)]
+    dataset = EncodedDataset(latents.out, batch_size=1)
+    for num_workers, epoch in ((1, 1), (4, 2)):
+        loader = loader_of(dataset, num_workers, multiprocessing_context=method)
+        if epoch == 1:
+            next(iter(loader))
+        assert keys_of(list(loader)) == expected[epoch]
+
+
+def test_each_pass_is_the_next_epoch_whoever_makes_it(latents: Encoded) -> None:
+    dataset = EncodedDataset(latents.out, batch_size=3)
+    kept, seen = loader_of(dataset, 2, persistent_workers=True), []
+    for one in (dataset, loader_of(dataset, 2), kept, loader_of(dataset, 3), kept, dataset, loader_of(dataset, 1)):
+        torch.manual_seed(0)  # of which a loader's workers have their seeds
+        seen.append({batch["epoch"] for batch in one})
+    assert seen == [{epoch} for epoch in range(7)]
+    assert dataset.epoch == 7
+
+
+def test_passes_side_by_side_are_epochs_of_their_own(latents: Encoded) -> None:
+    dataset = EncodedDataset(latents.out, batch_size=3)
+    loader, other = loader_of(dataset, 2), loader_of(dataset, 3)
+    pairs = list(zip(loader, other, strict=True))
+    assert {batch["epoch"] for batch, _ in pairs} == {0}
+    assert {batch["epoch"] for _, batch in pairs} == {1}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+def test_a_copy_goes_its_own_way_with_its_workers(
+    latents: Encoded, copied: Callable[[EncodedDataset], EncodedDataset]
+) -> None:
+    dataset = EncodedDataset(latents.out, batch_size=3)
+    list(loader_of(dataset, 2))
+    again = copied(dataset)
+    loader = loader_of(again, 2, persistent_workers=True)
+    assert [{batch["epoch"] for batch in loader} for _ in range(2)] == [{1}, {2}]
+    again.set_epoch(9)
+    assert {batch["epoch"] for batch in loader} == {9}
+    assert (dataset.epoch, again.epoch) == (1, 10)
 
 
 def test_ranks_share_the_batches_of_the_one_order(ranks_of: Callable[..., list[EncodedDataset]]) -> None:
