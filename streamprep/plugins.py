@@ -28,8 +28,12 @@ GROUPS = {
 def names(group: str) -> list[str]:
     """What can be loaded by a bare name."""
     package, _ = GROUPS[group]
-    ours = [info.name for info in pkgutil.iter_modules(_import_ours(package).__path__) if not info.name.startswith("_")]
-    return sorted({*ours, *(point.name for point in entry_points(group=group))})
+    return sorted({*_names_of_ours(package), *(point.name for point in entry_points(group=group))})
+
+
+def _names_of_ours(package: str) -> list[str]:
+    found = pkgutil.iter_modules(_import_ours(package).__path__)
+    return [info.name for info in found if not info.name.startswith("_")]
 
 
 def load(group: str, name: str) -> Any:
@@ -42,11 +46,20 @@ def load(group: str, name: str) -> Any:
     if ":" in name:
         module, attribute = _import_attribute(name)
         return SimpleNamespace(**vars(module) | {function: attribute})
+    package_names = _names_of_ours(package)
+    others = [point for point in entry_points(group=group) if point.name == name]
+    if name in package_names and others:
+        raise UserError(
+            f"{others[0].value} (entry point of {group}) is called {name}, as one of streamprep's own: give it another "
+            "name"
+        )
     if name not in names(group):
         raise UserError(f"no {group.rpartition('.')[2].removesuffix('s')} {name!r}; one of {', '.join(names(group))}")
-    for point in entry_points(group=group):
-        if point.name == name:
+    for point in others:
+        try:
             return point.load()
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"cannot load {name!r}, entry point {point.value}: {error}") from error
     return importlib.import_module(f"{package}.{name}")
 
 
@@ -55,7 +68,9 @@ def _import_attribute(name: str) -> tuple[ModuleType, Any]:
     try:
         module = importlib.import_module(module_name)
         return module, getattr(module, attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except ModuleNotFoundError as error:
+        raise UserError(f"cannot load {name!r}: {error}; is its folder in PYTHONPATH?") from error
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"cannot load {name!r}: {error}") from error
 
 

@@ -58,6 +58,35 @@ def test_an_unknown_name_is_refused_with_those_there_are() -> None:
         plugins.load(GROUP, "_files")
 
 
+@pytest.mark.parametrize(
+    ("entry", "name", "words"),
+    [
+        ("folder = streamprep_test_plugin", "folder", "is called folder, as one of streamprep's own"),
+        ("mine = streamprep_test_plugin:missing", "mine", "cannot load 'mine', entry point .*:missing: "),
+        ("mine = not_installed", "mine", "cannot load 'mine', entry point not_installed: No module named"),
+    ],
+)
+def test_an_entry_point_that_cannot_be_taken_is_refused(
+    installed_plugin: str, tmp_path: Path, entry: str, name: str, words: str
+) -> None:
+    (path,) = tmp_path.glob("site/*/entry_points.txt")
+    path.write_text(f"[streamprep.sources]\n{entry}\n")
+    with pytest.raises(UserError, match=words):
+        plugins.load(GROUP, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("not_installed:read_samples", r"No module named 'not_installed'; is its folder in PYTHONPATH\?"),
+        ("./mine.py:read_samples", r"cannot load './mine.py:read_samples'"),
+    ],
+)
+def test_what_cannot_be_imported_is_said_so(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plugins.load(GROUP, name)
+
+
 def test_module_and_function_name_anything_importable(make_dataset: Callable[..., Path], installed_plugin: str) -> None:
     listing = list_dataset(make_dataset("folder", {"a.mp4": ""}), f"{installed_plugin}:read_samples")
     assert [sample.captions for sample in listing.samples] == [("from a plugin",)]
