@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
-from streamprep import canonical, job
+from streamprep import canonical, exporting, job
 from streamprep.board import Board, LocalBoard
 from streamprep.errors import TooManyBadSamples
 from streamprep.job import Job
@@ -70,7 +70,8 @@ class Committer:
         self._unit_bad: list[BadClip] = []
         self._unit_dropped: list[Excluded] = []
         self._unit_decoders: Counter[str] = Counter()
-        self._unit_rows = 0
+        self._unit_keys: list[str] = []
+        """Of the rows that the exporter was given."""
         self._unit_halved: dict[str, int] = {}
         self._writer: ShardWriter | None = None
         self._unit_began = time.monotonic()
@@ -90,7 +91,7 @@ class Committer:
             self._writer = self._open_writer(batch.unit.id)
         for sample in batch.samples:
             self._writer.write(sample)
-        self._unit_rows += len(batch.samples)
+        self._unit_keys += [sample.key for sample in batch.samples]
         self._unit_dropped += batch.dropped
         self._unit_decoders.update(batch.decoders)
         self._unit_halved.update(batch.halved)
@@ -114,6 +115,7 @@ class Committer:
             with self._writer:
                 files = self._writer.close()
             self._writer = None
+        exporting.check_rows(self.job.plan.config["exporter"], unit.id, self._unit_keys, files)
         record = Record(
             unit=unit.id,
             files=tuple(files),
@@ -126,7 +128,7 @@ class Committer:
             halved=dict(sorted(self._unit_halved.items())),
         )
         record = self.commit_record(record)
-        self._unit_bad, self._unit_dropped, self._unit_decoders, self._unit_rows = [], [], Counter(), 0
+        self._unit_bad, self._unit_dropped, self._unit_decoders, self._unit_keys = [], [], Counter(), []
         self._unit_halved = {}
         self._unit_began = time.monotonic()
         return record
@@ -177,7 +179,7 @@ class Committer:
 
     def _with_open_unit(self, counts: Counts) -> Counts:
         return Counts(
-            num_rows=counts.num_rows + self._unit_rows,
+            num_rows=counts.num_rows + len(self._unit_keys),
             num_bad=counts.num_bad + len(self._unit_bad),
             num_dropped=counts.num_dropped + len(self._unit_dropped),
         )

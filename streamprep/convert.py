@@ -359,8 +359,7 @@ def _convert_files(
         files: list[WrittenFile] = writer.close()
     bad_keys = {clip.key for clip in bad}
     there = [row.key for file in record.files for row in file.rows if row.key not in bad_keys]
-    here = [row.key for file in files for row in file.rows]
-    assert there == here, f"unit {record.unit}: {len(here)} rows were written of {len(there)}"
+    exporting.check_rows(plan.config["exporter"], record.unit, there, files)
     return files
 
 

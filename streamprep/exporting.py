@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streamprep import plugins
 from streamprep.errors import UserError
+from streamprep.types import WrittenFile
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DEFAULT_DTYPE = "float32"
@@ -109,6 +111,25 @@ def rounded(contract: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if dtype not in ROUNDING:
         return dict(contract)
     return {**contract, "rounded": {**contract.get("rounded", {}), dtype: ROUNDING[dtype]}}
+
+
+def check_rows(name: str, unit: str, given: Iterable[str], files: Iterable[WrittenFile]) -> None:
+    """Compare the keys of the rows that an exporter was given with those that it says it has written.
+
+    Raises:
+        UserError: if one is missing, or there is one too many: then the unit must not be committed.
+    """
+    wanted, found = Counter(given), Counter(row.key for file in files for row in file.rows)
+    if wanted == found:
+        return
+    wrong = {"lacks": wanted - found, "has too many": found - wanted}
+    which = ", and ".join(
+        f"{what} {sum(keys.values())} (the first: {min(keys)})" for what, keys in wrong.items() if keys
+    )
+    raise UserError(
+        f"the exporter {name} has a mistake: of the {sum(wanted.values())} rows of unit {unit} that it was given, what "
+        f"it wrote {which}, so the unit is not committed; `streamprep.testing.ExporterContract` finds such mistakes"
+    )
 
 
 def rows_share(exporter: Any) -> bool:

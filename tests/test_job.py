@@ -284,6 +284,61 @@ def test_a_record_that_could_not_be_read_back_is_refused_and_the_exporter_blamed
     assert current.record(unit.id) is None
 
 
+class Wrong:
+    """FastVideo's writer, but what it is given or says is changed on the way."""
+
+    def __init__(self, inner: Any, mistake: str) -> None:
+        self._inner, self._mistake, self._num_given = inner, mistake, 0
+
+    def write(self, sample: EncodedSample) -> None:
+        self._num_given += 1
+        if self._mistake == "drops" and self._num_given == 2:
+            return
+        self._inner.write(dataclasses.replace(sample, key="z") if self._mistake == "renames" else sample)
+        if self._mistake == "doubles":
+            self._inner.write(sample)
+
+    def close(self) -> list[WrittenFile]:
+        if self._mistake == "swallows":
+            raise OSError("no room")
+        files: list[WrittenFile] = self._inner.close()
+        return files[:-1] if self._mistake == "forgets a file" else files
+
+    def __enter__(self) -> Wrong:
+        return self
+
+    def __exit__(self, *error: object) -> bool:
+        self._inner.__exit__(*error)
+        return self._mistake == "swallows"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("drops", r"of the 3 rows of unit 000000 .* lacks 1 \(the first: b\), so the unit is not committed"),
+        ("renames", r"lacks 3 \(the first: a\), and has too many 3 \(the first: z\)"),
+        ("doubles", r"has too many 3 \(the first: a\)"),
+        ("forgets a file", r"lacks 1 \(the first: c\)"),
+        ("swallows", r"lacks 3 \(the first: a\)"),
+    ],
+)
+def test_a_unit_is_committed_only_with_the_rows_that_the_exporter_was_given(
+    mistake: str, words: str, tmp_path: Path
+) -> None:
+    """It ended well, and nothing but verify knew."""
+    current = make_job(tmp_path)
+    (unit,) = current.plan.units
+    open_writer = functools.partial(
+        fastvideo.open_shard, current.store, workload="t2v", samples_per_file=2, contract=current.plan.contract
+    )
+    with (
+        Committer(current, open_writer=lambda name: Wrong(open_writer(name), mistake), max_bad_fraction=0.05) as wrong,
+        pytest.raises(UserError, match=f"the exporter fastvideo has a mistake: .*{words}"),
+    ):
+        wrong.take(make_batch(unit, [make_sample(key) for key in "abc"]))
+    assert current.record(unit.id) is None
+
+
 def test_a_process_that_commits_second_takes_back_its_files(tmp_path: Path) -> None:
     current = make_job(tmp_path)
     (unit,) = current.plan.units
