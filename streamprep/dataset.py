@@ -11,10 +11,11 @@ A position is (epoch, batches consumed by all ranks), so training goes on anywhe
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch.distributed
 import torch.utils.data
 from torch import Tensor
 
-from streamprep import canonical, contract_check, epochs, job, row_index
+from streamprep import canonical, contract_check, epochs, job, row_index, sealed
 from streamprep.epochs import Epoch, Part, Pool
 from streamprep.errors import UserError
 from streamprep.foreign import checks, survey
@@ -36,7 +37,7 @@ from streamprep.shared_position import SharedPosition
 from streamprep.storage import Store, open_store
 from streamprep.tensor_members import decode_latents
 from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, Reader, open_reader, read_rows
-from streamprep.training_batches import LOGVAR, Batch, BatchMaker
+from streamprep.training_batches import LATENT, LOGVAR, Batch, BatchMaker
 
 __all__ = ["Batch", "EncodedDataset", "EpochSummary", "Source", "declare_contract", "decode_latents"]
 
@@ -47,7 +48,7 @@ STATE_FORMAT = "streamprep-reader/1"
 class Source:
     """One output among several, and how much of it an epoch takes."""
 
-    url: str | os.PathLike[str]
+    url: str | os.PathLike[str] = field(kw_only=False)
     repeats: float = 1
     """How often an epoch goes through its rows; 0.5 takes half of them, others each epoch."""
     weight: float | None = None
@@ -163,13 +164,16 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         self._sources = _sources(sources)
         self.rank, self.world_size = _rank(rank, world_size)
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        _check_types(batch_size, seed, tensors, dtype, caption_dropout, contract, max_ahead_bytes)
         _check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
         self._max_ahead_bytes = max_ahead_bytes
         self._stores: list[Store] | None = [open_store(source.url) for source in self._sources]
         self.dropped: list[DroppedRow] = []
         """Rows of FastVideo's own files that are left out."""
         declared = contract if isinstance(contract, DeclaredContract) else None
-        self._indexes = [self._load(store, tensors, with_captions, declared) for store in self._stores]
+        # A latent is sampled anew where that can be done, whether the variance was asked for or not.
+        also = [LOGVAR] if tensors is not None and LATENT in tensors and posterior != "mean" else []
+        self._indexes = [self._load(store, tensors, also, with_captions, declared) for store in self._stores]
         self.contracts = _checked_contracts(self._indexes, contract)
         """Of each source."""
         self._maker = BatchMaker(
@@ -180,7 +184,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
             stored_dtypes=_stored_dtypes(self._indexes, dtype),
             text_padding=text_padding,
             caption_dropout=caption_dropout,
-            empty_texts=[_empty_text(store, empty_text) for store in self._stores] if caption_dropout else None,
+            empty_texts=self._empty_texts(empty_text) if caption_dropout else None,
             sample=_samples(posterior, self._indexes),
             normalise=normalise,
             with_captions=with_captions,
@@ -260,7 +264,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         if worker is not None:
             where = self._position or self._next_position()
             state = self._state(where.epoch, where.consumed)
-            return state | {"worker": [worker.id, worker.num_workers, where.given]}
+            return state | {"worker": [worker.id, worker.num_workers, where.given], "world_size": self.world_size}
         if self._shared.begun_by_workers:
             raise UserError(
                 "the batches come from the workers of a DataLoader, which read ahead of the trainer: save "
@@ -277,8 +281,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         Raises:
             UserError: if the state is of other data, or of another batch size or seed in the middle of an epoch.
         """
-        if state.get("format") != STATE_FORMAT:
-            raise UserError(f"not a state of EncodedDataset ({STATE_FORMAT}): {state}")
+        _check_state(state)
         skip = self._skip_of(state)
         if state["consumed"] or skip:
             ours = self._state(state["epoch"], state["consumed"])
@@ -295,6 +298,11 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         """How many batches a worker has given out that torchdata lets go on."""
         if "worker" not in state:
             return 0
+        if state["world_size"] != self.world_size:
+            raise UserError(
+                f"this is the state of a StatefulDataLoader with workers on {state['world_size']} ranks, which goes on "
+                f"only on as many, and there are {self.world_size}; to change their number save batch['state']"
+            )
         worker, (number, num_workers, given) = torch.utils.data.get_worker_info(), state["worker"]
         if worker is None or (worker.id, worker.num_workers) != (number, num_workers):
             raise UserError(
@@ -398,11 +406,30 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
                 stacklevel=3,
             )
 
+    def _empty_texts(self, given: Tensor | None) -> list[Tensor]:
+        """The embedding of the empty caption, (L, D), of each source."""
+        found = []
+        for store, contract in zip(self._open_stores(), self.contracts, strict=True):
+            name = job.open_job(store).plan.unconditional if store.exists(job.PLAN) else None
+            if name is None and given is None:
+                raise UserError(
+                    f"caption_dropout needs the embedding of the empty caption, which {store.url} does not have: "
+                    "FastVideo's files hold none; say empty_text="
+                )
+            where = "empty_text" if name is None else f"{store.url}/{name}"
+            found.append(_checked_empty_text(given if name is None else _read_empty_text(store, name), where, contract))
+        return found
+
     def _load(
-        self, store: Store, tensors: Sequence[str] | None, with_texts: bool, declared: DeclaredContract | None
+        self,
+        store: Store,
+        tensors: Sequence[str] | None,
+        also: Sequence[str],
+        with_texts: bool,
+        declared: DeclaredContract | None,
     ) -> RowIndex:
         if declared is None or store.exists(job.PLAN) or store.exists(job.INDEX):
-            return row_index.load_row_index(store, tensors, with_texts=with_texts)
+            return row_index.load_row_index(store, tensors, also=also, with_texts=with_texts)
         found = survey.survey(store, declared.contract)
         index = found.row_index(tensors, with_texts=with_texts)
         sampled = checks.check_values(found, store)
@@ -427,12 +454,17 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
 def _sources(given: Any) -> tuple[Source, ...]:
     if isinstance(given, (str, os.PathLike, Source)):
         given = [given]
+    if not isinstance(given, Iterable):
+        raise UserError(f"sources must be a folder or a URL, a Source, or several, got {given!r}")
     sources = tuple(one if isinstance(one, Source) else Source(url=one) for one in given)
     if not sources:
         raise UserError("no source was given")
     for source in sources:
-        if not source.repeats > 0 or (source.weight is not None and not source.weight > 0):
-            raise UserError(f"repeats and weight must be above 0, got {source}")
+        if not isinstance(source.url, (str, os.PathLike)):
+            raise UserError(f"a source is a folder or a URL, got {source.url!r}")
+        for value in (source.repeats, 1 if source.weight is None else source.weight):
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise UserError(f"repeats and weight must be above 0, and finite, got {source}")
     if len({source.weight is None for source in sources}) > 1:
         raise UserError("give all sources a weight, or none: with weights they say the shares of an epoch")
     return sources
@@ -445,10 +477,49 @@ def _rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         else:
-            rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            rank, world_size = _number_in("RANK", "0"), _number_in("WORLD_SIZE", "1")
     if not 0 <= rank < world_size:
         raise UserError(f"rank must be from 0 to {world_size - 1}, got {rank}")
     return rank, world_size
+
+
+def _number_in(variable: str, default: str) -> int:
+    value = os.environ.get(variable, default)
+    if not value.isdecimal():
+        raise UserError(f"the environment variable {variable} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _check_types(
+    batch_size: Any, seed: Any, tensors: Any, dtype: Any, caption_dropout: Any, contract: Any, max_ahead_bytes: Any
+) -> None:
+    for name, value, able, wanted in (
+        ("batch_size", batch_size, int, "a whole number"),
+        ("seed", seed, int, "a whole number"),
+        ("max_ahead_bytes", max_ahead_bytes, int, "a whole number"),
+        ("caption_dropout", caption_dropout, (int, float), "a number"),
+        ("dtype", dtype, (torch.dtype, type(None)), "one of torch, torch.bfloat16 say"),
+        ("contract", contract, (Mapping, DeclaredContract, type(None)), "a dict, or what declare_contract() gives"),
+    ):
+        if not isinstance(value, able) or (isinstance(value, bool) and able is not bool):
+            raise UserError(f"{name} must be {wanted}, got {value!r}")
+    if isinstance(tensors, str):
+        raise UserError(f"tensors must be several names, got {tensors!r}: say tensors=({tensors!r},)")
+    if max_ahead_bytes < 1:
+        raise UserError(f"max_ahead_bytes must be 1 or more, got {max_ahead_bytes}")
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Refuse what is no state, or was changed by hand."""
+    if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+        raise UserError(f"not a state of EncodedDataset ({STATE_FORMAT}): {state}")
+    needed = ["epoch", "consumed", "seed", "batch_size", "drop_last", "data_sha256"]
+    needed += ["world_size"] if "worker" in state else []
+    if missing := [name for name in needed if name not in state]:
+        raise UserError(f"the state lacks {', '.join(missing)}: {state}")
+    for name in ("epoch", "consumed"):
+        if type(state[name]) is not int or state[name] < 0:
+            raise UserError(f"the state's {name} must be a whole number from 0, got {state[name]!r}")
 
 
 def _check_options(
@@ -506,6 +577,8 @@ def _checked_contracts(
 
 def _samples(posterior: str | None, indexes: Sequence[RowIndex]) -> bool:
     stored = LOGVAR in indexes[0].tensors
+    if posterior == "sample" and LATENT not in indexes[0].tensors:
+        raise UserError(f"posterior='sample' is about {LATENT}, which is not read: add it to tensors=")
     if posterior == "sample" and not stored:
         raise UserError(
             f"posterior='sample' needs {LOGVAR}, which {indexes[0].url} does not have: encode with --posterior moments"
@@ -524,21 +597,28 @@ def _stored_dtypes(indexes: Sequence[RowIndex], dtype: torch.dtype | None) -> di
     return found
 
 
-def _empty_text(store: Store, given: Tensor | None) -> Tensor:
-    """The embedding of the empty caption, (L, D)."""
-    name = job.open_job(store).plan.unconditional if store.exists(job.PLAN) else None
-    if name is None and given is not None:
-        return given
-    if name is None:
-        raise UserError(
-            f"caption_dropout needs the embedding of the empty caption, which {store.url} does not have: FastVideo's "
-            "files hold none; say empty_text="
-        )
+def _read_empty_text(store: Store, name: str) -> Tensor:
     try:
-        loaded: dict[str, Tensor] = safetensors.torch.load(store.read(name))
+        data = store.read(name)
+        sealed.check_unconditional(data, job.open_job(store).plan)
+        loaded: dict[str, Tensor] = safetensors.torch.load(data)
         return loaded[TEXT]
     except FileNotFoundError:
         raise UserError(f"caption_dropout needs the embedding of the empty caption, {store.url}/{name}") from None
+    except (sealed.Damaged, KeyError) as error:
+        raise UserError(f"{store.url}/{name} is damaged: {error}; `streamprep verify` says what to do") from error
+
+
+def _checked_empty_text(text: Any, where: str, contract: Mapping[str, Any]) -> Tensor:
+    """Refuse what is no embedding, (L, D), of the model's."""
+    longest, dim = contract["text"]["max_length"], contract["text"]["dim"]
+    if not isinstance(text, Tensor) or not text.is_floating_point():
+        raise UserError(f"{where} must be a tensor of floating point, got {type(text).__name__}")
+    if text.dim() != 2 or not 1 <= text.shape[0] <= longest or text.shape[1] != dim:
+        raise UserError(f"{where} must be (L, {dim}) with L from 1 to {longest}, got {tuple(text.shape)}")
+    if not text.isfinite().all():
+        raise UserError(f"{where} holds NaN or infinity")
+    return text.detach().cpu()
 
 
 def _pool(indexes: Sequence[RowIndex], sources: Sequence[Source], captions: str) -> Pool:
@@ -548,6 +628,8 @@ def _pool(indexes: Sequence[RowIndex], sources: Sequence[Source], captions: str)
     ]
     weights = [source.weight for source in sources if source.weight is not None]
     draws = epochs.count_draws(sizes, repeats=[source.repeats for source in sources], weights=weights or None)
+    if empty := [source.url for source, number in zip(sources, draws, strict=True) if not number]:
+        raise UserError(f"an epoch would have no row of {', '.join(map(str, empty))}: raise its repeats or weight")
     names = {name: number for number, name in enumerate(_bucket_names(indexes))}
     buckets, parts, start = [], [], 0
     for index, clip, num_drawn in zip(indexes, clips, draws, strict=True):

@@ -114,12 +114,15 @@ class RowIndex:
         return _numbers(clips.indices).astype(np.int32)
 
 
-def load_row_index(store: Store, tensors: Sequence[str] | None, *, with_texts: bool = False) -> RowIndex:
+def load_row_index(
+    store: Store, tensors: Sequence[str] | None, *, also: Sequence[str] = (), with_texts: bool = False
+) -> RowIndex:
     """The rows of a finished output.
 
     Args:
         store: The output.
         tensors: Of these only; None for all that are stored.
+        also: Of these too, if they are stored.
         with_texts: Whether ids and captions are to be read.
 
     Raises:
@@ -127,17 +130,21 @@ def load_row_index(store: Store, tensors: Sequence[str] | None, *, with_texts: b
     """
     data = _read_index(store)
     try:
-        return _row_index(store, data, tensors, with_texts)
-    except (pa.ArrowException, KeyError) as error:  # KeyError: a column is missing
+        return _row_index(store, data, tensors, also, with_texts)
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:  # KeyError: a column is missing
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the store, not of pyarrow
         raise _damaged(store, first_line(error)) from error
 
 
-def _row_index(store: Store, data: bytes, tensors: Sequence[str] | None, with_texts: bool) -> RowIndex:
+def _row_index(
+    store: Store, data: bytes, tensors: Sequence[str] | None, also: Sequence[str], with_texts: bool
+) -> RowIndex:
     schema = pq.read_schema(io.BytesIO(data))
     stored = [name.removesuffix("_offset") for name in schema.names if name.endswith("_offset")]
     if missing := [name for name in tensors or () if name not in stored]:
         raise UserError(f"{store.url} has no {', '.join(missing)}: its tensors are {', '.join(stored)}")
-    wanted = [name for name in stored if tensors is None or name in tensors]
+    wanted = [name for name in stored if tensors is None or name in (*tensors, *also)]
     texts = TEXTS if with_texts else ()
     if missing := [name for name in texts if f"{name}_text_at" not in schema.names]:
         raise UserError(
@@ -198,7 +205,7 @@ def _name_of(index: RowIndex, row: int) -> str:
 def _read_index(store: Store) -> bytes:
     try:
         data = store.read(job.INDEX)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         if store.exists(job.PLAN):
             raise UserError(
                 f"{store.url} is not finished, it has no {job.INDEX}: run the same `streamprep encode` again, or "

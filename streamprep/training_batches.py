@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from streamprep import epochs
+from streamprep.errors import first_line
 from streamprep.row_index import RAW, TEXT, RowIndex
 from streamprep.tensor_members import decode_bytes
-from streamprep.tensor_reads import Located, Row
+from streamprep.tensor_reads import DamagedFile, Located, Row
 
 LATENT, LOGVAR = "vae_latent", "vae_logvar"
 _LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
@@ -60,21 +61,29 @@ class BatchMaker:
         dropped = [self._is_dropped(key, seed, epoch) for key in keys]
         tensors, texts = self._allocate(located, dropped), []
         for number, ((source, row), stored) in enumerate(zip(located, rows, strict=True)):
-            for name, tensor in tensors.items():
-                if name == TEXT and dropped[number]:
-                    assert self.empty_texts is not None
-                    _put_text(self.empty_texts[source], tensor[number])
-                else:
-                    _read_tensor(self.indexes[source], row, stored, name, tensor[number])
-            if self.with_captions:
-                texts.append(_read_texts(self.indexes[source], row, stored, keys[number]))
+            mine = {name: tensor[number] for name, tensor in tensors.items()}
+            if TEXT in mine and dropped[number]:
+                assert self.empty_texts is not None
+                _put_text(self.empty_texts[source], mine.pop(TEXT))
+            index = self.indexes[source]
+            try:
+                for name, target in mine.items():
+                    _read_tensor(index, row, stored, name, target)
+                if self.with_captions:
+                    texts.append(_read_texts(index, row, stored, keys[number]))
+            except (ValueError, KeyError) as error:  # of bytes that are no text, JSON or zstandard
+                file = index.files[index.file[row]]
+                raise DamagedFile(
+                    f"{index.url}/{file} is damaged: {keys[number]} cannot be read: {first_line(error)}; `streamprep "
+                    "verify` says what to do"
+                ) from error
         made: Batch = dict(tensors)
         if LATENT in made:
             made[LATENT] = self._finish_latent(made, located, keys, seed, epoch)
         if TEXT in made:
             made |= self._finish_text(made[TEXT], located, dropped)
         if self.caption_dropout:
-            made["text_dropped"] = torch.tensor(dropped)
+            made["text_dropped"] = torch.tensor(dropped, device="cpu")
         source, row = located[0]
         index = self.indexes[source]
         made |= {"keys": keys, "sources": [source for source, _ in located]}
@@ -107,8 +116,9 @@ class BatchMaker:
         if self.sample:
             deviation = made.pop(LOGVAR).clamp_(*_LOGVAR_RANGE).mul_(0.5).exp_()
             for one, scale, key in zip(latent, deviation, keys, strict=True):
-                generator = torch.Generator().manual_seed(epochs.chance(seed, epoch, "posterior", key) % 2**63)
-                one.addcmul_(scale, torch.randn(one.shape, generator=generator))
+                generator = torch.Generator("cpu").manual_seed(epochs.chance(seed, epoch, "posterior", key) % 2**63)
+                noise = torch.randn(one.shape, generator=generator, dtype=torch.float32, device="cpu")
+                one.addcmul_(scale, noise)
         if self.normalise:
             for one, (source, _) in zip(latent, located, strict=True):
                 _normalise(one, self.contracts[source]["video"])
@@ -135,10 +145,11 @@ class BatchMaker:
     def _finish_text(self, text: Tensor, located: Sequence[Located], dropped: Sequence[bool]) -> dict[str, Tensor]:
         """Text and its mask; where it is stored with zeros after the captions, those tell how long they are."""
         is_padded = self.contracts[0]["text"]["padding"] == "padded"
-        lengths = _padded_lengths(text) if is_padded else torch.tensor(self._lengths(located, dropped))
+        lengths = _padded_lengths(text) if is_padded else torch.tensor(self._lengths(located, dropped), device="cpu")
         if is_padded and self.text_padding == "longest":
             text = text[:, : int(lengths.max())].clone()
-        return {TEXT: text, "text_attention_mask": torch.arange(text.shape[1])[None, :] < lengths[:, None]}
+        numbers = torch.arange(text.shape[1], device="cpu")
+        return {TEXT: text, "text_attention_mask": numbers[None, :] < lengths[:, None]}
 
     @property
     def _max_text_length(self) -> int:
@@ -152,10 +163,10 @@ class BatchMaker:
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
     """Memory for a tensor; in a worker of a loader the kind that it hands over without a copy."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
     size = dtype.itemsize * int(np.prod(shape))
     storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
 def _read_texts(index: RowIndex, row: int, stored: Row, key: str) -> tuple[str, str]:
@@ -195,7 +206,7 @@ def _read_tensor(index: RowIndex, row: int, stored: Row, name: str, target: Tens
     if dtype == target.dtype:
         stored.read_into(name, _bytes_of(target[:length]))
     else:
-        whole = torch.empty((length, *shape[1:]), dtype=dtype)
+        whole = torch.empty((length, *shape[1:]), dtype=dtype, device="cpu")
         stored.read_into(name, _bytes_of(whole))
         target[:length] = whole
     target[length:] = 0
@@ -203,7 +214,7 @@ def _read_tensor(index: RowIndex, row: int, stored: Row, name: str, target: Tens
 
 def _padded_lengths(text: Tensor) -> Tensor:
     """Tokens before the zeros of each row."""
-    number = torch.arange(1, text.shape[1] + 1)
+    number = torch.arange(1, text.shape[1] + 1, device="cpu")
     return ((text != 0).any(dim=2) * number).amax(dim=1)
 
 
@@ -224,5 +235,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _normalise(latent: Tensor, video: Mapping[str, Any]) -> None:
     if video["space"] != "raw":
         return
-    mean, std = (torch.tensor(video[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+    mean, std = (
+        torch.tensor(video[name], dtype=torch.float32, device="cpu")[:, None, None, None]
+        for name in ("latents_mean", "latents_std")
+    )
     latent.sub_(mean).div_(std)

@@ -212,6 +212,31 @@ def test_a_posterior_is_sampled_anew_each_epoch_and_the_same_again(moments: Path
         assert torch.equal(batch["vae_latent"][0], drawn[batch["keys"][0]][3])
 
 
+def test_the_variance_need_not_be_asked_for(moments: Path) -> None:
+    sampled, asked, mean = (
+        [batch["vae_latent"] for batch in EncodedDataset(moments, batch_size=2, **how)]
+        for how in ({}, {"tensors": ("vae_latent",)}, {"tensors": ("vae_latent",), "posterior": "mean"})
+    )
+    assert all(torch.equal(one, other) for one, other in zip(sampled, asked, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(sampled, mean, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_defaults_make_no_difference(moments: Path, dtype: torch.dtype) -> None:
+    how: dict[str, Any] = {"batch_size": 2, "normalise": True, "caption_dropout": 0.5}
+    expected = list(EncodedDataset(moments, **how))
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        found = list(EncodedDataset(moments, **how))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for one, other in zip(found, expected, strict=True):
+        for name in ("vae_latent", "text_embedding", "text_attention_mask", "text_dropped"):
+            assert one[name].device.type == "cpu" and torch.equal(one[name], other[name]), name
+
+
 def test_samples_of_other_seeds_differ_and_the_mean_can_be_had(moments: Path) -> None:
     stored = moments_of(moments)
     one, other = (
@@ -487,6 +512,21 @@ def test_something_else_is_no_state(latents: Encoded) -> None:
         EncodedDataset(latents.out, batch_size=3).load_state_dict({"epoch": 0})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"consumed": -1}, "the state's consumed must be a whole number from 0, got -1"),
+        ({"consumed": 2.5}, "the state's consumed must be a whole number from 0, got 2.5"),
+        ({"epoch": -3}, "the state's epoch must be a whole number from 0"),
+        ({"seed": None}, "the state lacks seed"),
+    ],
+)
+def test_a_state_that_was_changed_is_refused(latents: Encoded, change: dict[str, Any], message: str) -> None:
+    state = EncodedDataset(latents.out, batch_size=3).state_dict() | change
+    with pytest.raises(UserError, match=message):
+        EncodedDataset(latents.out, batch_size=3).load_state_dict({k: v for k, v in state.items() if v is not None})
+
+
 # --- torchdata
 
 
@@ -510,6 +550,28 @@ def test_torchdatas_stateful_loader_goes_on_where_it_was(latents: Encoded, num_w
     passed += keys_of(list(resumed))
     passed += keys_of(list(resumed))
     assert passed == [keys for epoch in expected for keys in epoch]
+
+
+def test_torchdatas_stateful_loader_with_workers_goes_on_only_on_as_many_ranks(latents: Encoded) -> None:
+    """What its workers have given out was taken for that of others: batches lost, or twice."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def new(world_size: int, num_workers: int) -> Any:
+        dataset = EncodedDataset(latents.out, batch_size=3, rank=0, world_size=world_size)
+        return StatefulDataLoader(dataset, batch_size=None, num_workers=num_workers)
+
+    for num_workers in (2, 0):
+        loader = new(2, num_workers)
+        next(iter(loader))
+        state, again = loader.state_dict(), new(1, num_workers)
+        again.load_state_dict(state)
+        if num_workers:
+            with pytest.raises(
+                UserError, match="with workers on 2 ranks, which goes on only on as many, and there are 1"
+            ):
+                list(again)
+        else:
+            assert [batch["number"] for batch in again] == list(range(2, len(again)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -633,6 +695,13 @@ def test_what_the_trainer_needs_is_compared(latents: Encoded) -> None:
         ({"tensors": ["vae_latents"]}, "has no vae_latents: its tensors are"),
         ({"rank": 2, "world_size": 2}, "rank must be from 0 to 1, got 2"),
         ({"rank": 2}, "give rank and world_size both"),
+        ({"batch_size": "3"}, "batch_size must be a whole number, got '3'"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"dtype": "bfloat16"}, "dtype must be one of torch, torch.bfloat16 say, got 'bfloat16'"),
+        ({"tensors": "vae_latent"}, "say tensors=('vae_latent',)"),
+        ({"contract": "wan"}, "contract must be a dict, or what declare_contract() gives"),
+        ({"max_ahead_bytes": -5}, "max_ahead_bytes must be 1 or more"),
+        ({"posterior": "sample", "tensors": ("text_embedding",)}, "is about vae_latent, which is not read"),
     ],
 )
 def test_a_mistake_is_refused_before_any_batch(latents: Encoded, how: dict[str, Any], message: str) -> None:
@@ -648,6 +717,12 @@ def test_sources_that_contradict_each_other_are_refused(latents: Encoded) -> Non
         EncodedDataset([latents.out, Source(url=latents.out, weight=1)], batch_size=2)
     with pytest.raises(UserError, match="must be above 0"):
         EncodedDataset([Source(url=latents.out, repeats=0)], batch_size=2)
+    with pytest.raises(UserError, match="must be above 0, and finite"):
+        EncodedDataset(Source(latents.out, weight=float("inf")), batch_size=2)
+    with pytest.raises(UserError, match="a source is a folder or a URL, got None"):
+        EncodedDataset([None], batch_size=2)  # type: ignore[list-item]
+    with pytest.raises(UserError, match="an epoch would have no row of"):
+        EncodedDataset([latents.out, Source(latents.out, repeats=0.01)], batch_size=2)
 
 
 def test_what_is_no_finished_output_says_so(
@@ -677,6 +752,27 @@ def test_rows_without_a_tensor_are_refused(latents: Encoded, copy_of: Callable[[
 
 def data_files(out: Path) -> list[Path]:
     return sorted((out / "combined_parquet_dataset").iterdir())
+
+
+def test_a_caption_that_is_no_text_any_more_is_named(latents: Encoded, copy_of: Callable[[Encoded], Path]) -> None:
+    out = copy_of(latents)
+    (path, *_) = data_files(out)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(DamagedFile, match=rf"{path.name} is damaged: \S+ cannot be read: .*`streamprep verify`"):
+        list(EncodedDataset(out, batch_size=1, with_captions=True))
+
+
+def test_a_damaged_embedding_of_the_empty_caption_is_named(
+    latents: Encoded, copy_of: Callable[[Encoded], Path]
+) -> None:
+    out = copy_of(latents)
+    (path,) = (out / "_streamprep").glob("uncond-*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged: .*; `streamprep verify` says what to do"):
+        EncodedDataset(out, batch_size=2, caption_dropout=0.5)
+    EncodedDataset(out, batch_size=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -839,14 +935,18 @@ def test_what_is_wrong_with_an_index_is_said(
         EncodedDataset(out, batch_size=2, with_captions=True)
 
 
-@pytest.mark.parametrize("damage", [b"PAR1 nothing PAR1", None])
+@pytest.mark.parametrize("damage", [b"PAR1 nothing PAR1", "body", None])
 def test_an_index_that_is_none_is_said(
-    damage: bytes | None, latents: Encoded, copy_of: Callable[[Encoded], Path]
+    damage: bytes | str | None, latents: Encoded, copy_of: Callable[[Encoded], Path]
 ) -> None:
     out = copy_of(latents)
-    if damage is None:
+    if damage == "body":
+        data = (out / job.INDEX).read_bytes()
+        (out / job.INDEX).write_bytes(data[:4] + b"\xff" * 200 + data[204:])
+    elif damage is None:
         change_index(out, lambda table: table.drop_columns(["bucket"]))
     else:
+        assert isinstance(damage, bytes)
         (out / job.INDEX).write_bytes(damage)
     with pytest.raises(UserError, match=f"{job.INDEX} is damaged: "):
         EncodedDataset(out, batch_size=2)

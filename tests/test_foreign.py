@@ -251,6 +251,25 @@ def test_dropping_captions_needs_the_empty_ones_embedding(
     assert all(torch.equal(text[:1], empty) == without for text, without in dropped)
 
 
+@pytest.mark.parametrize(
+    ("empty", "message"),
+    [
+        (torch.zeros(32), r"empty_text must be \(L, 32\) with L from 1 to 512, got \(32,\)"),
+        (torch.zeros(2, 31), r"got \(2, 31\)"),
+        (torch.zeros(0, 32), r"got \(0, 32\)"),
+        (torch.zeros(600, 32), r"got \(600, 32\)"),
+        (torch.full((2, 32), torch.nan), "empty_text holds NaN or infinity"),
+        (np.zeros((2, 32), np.float32), "empty_text must be a tensor of floating point, got ndarray"),
+    ],
+    ids=["flat", "narrow", "none", "long", "NaN", "numpy"],
+)
+def test_an_embedding_that_is_none_is_refused_before_any_batch(
+    empty: Any, message: str, rows: list[Row], write: WriteRows, declared: DeclaredContract
+) -> None:
+    with pytest.raises(UserError, match=message):
+        EncodedDataset(write(rows), batch_size=2, contract=declared, caption_dropout=0.5, empty_text=empty)
+
+
 # --- rows that cannot be used, or are there twice
 
 
