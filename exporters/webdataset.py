@@ -5,8 +5,9 @@ captions, what the latents were made from, further columns) and a member for eac
 `streamprep.tensor_members`. The member ``__streamprep__/contract`` comes first: it has no extension, so that those
 readers pass over it.
 
-A clip with several captions is one sample: its latent is there once, its captions' embeddings are
-``KEY.text_embedding.00.safetensors``, ``.01``, ...; the record and the index count a row for each caption all the same.
+A clip with several captions is one sample: its latent is there once, its first caption's embedding has the name of one
+that is alone, the others are ``KEY.text_embedding.01.safetensors``, ``.02``, ...; the record and the index count a row
+for each caption all the same. (``datasets`` knows only columns that its first samples have: all samples have that one.)
 """
 
 from __future__ import annotations
@@ -180,9 +181,8 @@ def _clip_key(row: EncodedSample) -> str:
 
 
 def _text_member(clip: Sequence[EncodedSample], row: EncodedSample) -> str:
-    """``text_embedding``, with the caption's number where the clip has several, or one that is not the first."""
-    number = row.key.partition("@")[2]
-    return _TEXT if len(clip) == 1 and not number else f"{_TEXT}.{number or '00'}"
+    """``text_embedding``, of the clip's further captions with their number."""
+    return _TEXT if row is clip[0] else f"{_TEXT}.{row.key.partition('@')[2] or '00'}"
 
 
 def _encode(clip: Sequence[EncodedSample], options: Mapping[str, str]) -> dict[str, EncodedTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import subprocess
 import tarfile
@@ -170,8 +171,8 @@ def test_a_clip_with_several_captions_is_one_sample_and_a_row_for_each(tmp_path:
     (file,) = write(open_store(tmp_path), make_sample(0), *rows, make_sample(2))
     assert member_names(tmp_path, file)[4:8] == [
         "dir/1.json",
-        "dir/1.text_embedding.00.safetensors",
         "dir/1.text_embedding.02.safetensors",
+        "dir/1.text_embedding.safetensors",
         "dir/1.vae_latent.safetensors",
     ]
     assert [(row.key, row.row_group) for row in file.rows] == [
@@ -193,10 +194,22 @@ def test_a_clip_with_several_captions_is_one_sample_and_a_row_for_each(tmp_path:
     assert again[0].tensors["vae_latent"] is again[1].tensors["vae_latent"]
 
 
-def test_a_later_caption_alone_keeps_its_number(tmp_path: Path) -> None:
+def test_datasets_reads_a_caption_of_every_clip(tmp_path: Path) -> None:
+    """It takes its columns from the first five samples: later ones of one caption had none, without a word."""
+    clips = [with_captions(number, *range(2 if number < 6 else number % 3 + 1)) for number in range(1, 10)]
+    written = write(open_store(tmp_path), *itertools.chain.from_iterable(clips))
+    files = {"train": urls(tmp_path, written)}
+    read = list(datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True))
+    assert len(read) == len(clips)
+    for one, clip in zip(read, clips, strict=True):
+        embedding = safetensors.torch.load(one["text_embedding.safetensors"])["text_embedding"]
+        assert same_bytes(embedding, clip[0].tensors["text_embedding"].bfloat16())
+
+
+def test_a_later_caption_alone_is_called_as_any_that_is_alone(tmp_path: Path) -> None:
     """As a retry may have it."""
     (file,) = write(open_store(tmp_path), *with_captions(1, 3))
-    assert "dir/1.text_embedding.03.safetensors" in member_names(tmp_path, file)
+    assert "dir/1.text_embedding.safetensors" in member_names(tmp_path, file)
     ((id, tensors),) = exporter.read_file(open_store(tmp_path), file.name)
     assert id == "dir/1.mp4@03" and set(tensors) == {"vae_latent", "text_embedding"}
 
