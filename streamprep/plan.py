@@ -42,7 +42,7 @@ DROP_REASONS = {
     "too_long": "it is longer than --video-length-tolerance-range allows",
     "filter": "--filters leaves it out",
     "empty_tensor": "a tensor of its row in FastVideo's own Parquet has no values",
-    "repeated_row": "FastVideo's own Parquet has its row a second time: the same id, caption, shapes and all else",
+    "repeated_row": "FastVideo's own Parquet has its row a second time: the same id, caption and latent",
     "validation": "--validation-split holds it out of the output, for validation.json",
 }
 """Why a rule excludes a sample: the closed list; a filter's reason is ``filter:NAME``."""

@@ -309,6 +309,38 @@ def test_a_row_that_is_there_twice_is_taken_once_and_another_of_its_id_is_kept(
     }
 
 
+def test_another_clip_of_the_same_id_and_caption_is_no_repetition(
+    rows: list[Row], write: WriteRows, declared: DeclaredContract
+) -> None:
+    """Its ids are names cut at the first dot, and one caption may be that of all."""
+    video = declared.contract["video"]
+    latent = np.frombuffer(rows[0]["vae_latent_bytes"], np.float32).reshape(rows[0]["vae_latent_shape"])
+    std = np.array(video["latents_std"], np.float32)[:, None, None, None]
+    again = latent.astype(np.float16).astype(np.float32)  # encoded anew, not bit for bit the same
+    others = [latent + 0.05 * std, latent[:, :, ::-1], again]
+    theirs = write([*rows, *({**rows[0], "vae_latent_bytes": other.tobytes()} for other in others)])
+    with pytest.warns(UserWarning) as said:
+        dataset = EncodedDataset(theirs, batch_size=1, contract=declared)
+    assert any("1 row left out: 1 repeated_row" in str(one.message) for one in said)
+    found = by_key(dataset)
+    key = next(key for key in found if f"{key}~02" in found)
+    for number, one in enumerate((latent, *others[:2]), 1):
+        name = key if number == 1 else f"{key}~{number:02d}"
+        np.testing.assert_array_equal(found[name]["vae_latent"], one)
+    assert f"{key}~04" not in found
+
+
+def test_captions_alone_are_repetitions_if_their_embeddings_are_the_same(
+    rows: list[Row], write: WriteRows, tiny_model: Path
+) -> None:
+    declared = declare_contract(str(tiny_model), workload="text")
+    other = (np.frombuffer(rows[0]["text_embedding_bytes"], np.float32) * 2).tobytes()
+    theirs = write([*rows, {**rows[0], "text_embedding_bytes": other}, rows[0]], workload="text")
+    with pytest.warns(UserWarning, match="1 row left out: 1 repeated_row"):
+        dataset = EncodedDataset(theirs, batch_size=1, contract=declared)
+    assert dataset.num_rows == NUM_ROWS + 1
+
+
 def test_captions_of_another_video_of_the_same_id_are_one_clip(
     rows: list[Row], write: WriteRows, declared: DeclaredContract
 ) -> None:
@@ -401,7 +433,10 @@ REFUSED = {
         lambda rows: [{**row, "width": 2 * row["width"], "height": 2 * row["height"]} for row in rows],
         r"row 0 \(.*\), columns width and height: \d+ and \d+ .* of factor 16, the declared model's is 8",
     ),
-    "padded as trimmed": (lambda rows: padded(rows), r"all 20 rows have 512 tokens.*declare text = 'padded'"),
+    "padded as trimmed": (
+        lambda rows: padded(rows),
+        r"column text_embedding_bytes: its last tokens are zeros.*declare text = 'padded'",
+    ),
     "padded less as trimmed": (
         lambda rows: padded(rows, 100),
         r"column text_embedding_bytes: its last tokens are zeros.*declare text = 'padded'",
@@ -737,6 +772,39 @@ def test_rows_that_cannot_be_used_are_counted_and_listed(
     assert all("data_chunk" in clip.exception and "column" in clip.exception for clip in bad.values())
     kept = {row.key for record in records_of(current) for file in record.files for row in file.rows}
     assert len(kept) == 17 and not kept & set(bad)
+
+
+def test_rows_of_a_damaged_row_group_are_bad_and_the_others_are_converted(
+    rows: list[Row], write: WriteRows, declaration: str, tmp_path: Path
+) -> None:
+    """It ended every process that tried, and nothing could be done about it."""
+    theirs, out = write(rows), tmp_path / "new"
+    path = theirs / "combined_parquet_dataset/worker_1/data_chunk_0.parquet"
+    metadata = pq.read_metadata(path)
+    chunks = [metadata.row_group(0).column(number) for number in range(metadata.num_columns)]
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema == "vae_latent_bytes")
+    data = bytearray(path.read_bytes())
+    middle = chunk.dictionary_page_offset + chunk.total_compressed_size // 2
+    data[middle : middle + 64] = bytes(64)
+    path.write_bytes(data)
+    current = converted(theirs, out, declaration, "--exporter=fastvideo")
+    bad = list(current.bad_clips().values())
+    assert len(bad) == 8 and {clip.reason for clip in bad} == {"read_error"}
+    assert all("worker_1/data_chunk_0.parquet, row group 0: cannot be read" in clip.exception for clip in bad)
+    assert sum(record.num_rows for record in current.records()) == NUM_ROWS - 8
+    assert verify_job(current).problems == []
+
+
+def test_captions_that_were_all_cut_off_are_read(rows: list[Row], write: WriteRows, declared: DeclaredContract) -> None:
+    """They were refused as padded when declared trimmed, and as trimmed when declared padded."""
+    long = [
+        {**row, "text_embedding_bytes": np.full((512, 32), 1 + number, np.float32).tobytes(),
+         "text_embedding_shape": [512, 32]}
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match="all 20 rows have 512 tokens.*are all captions that long?"):
+        dataset = EncodedDataset(write(long), batch_size=2, contract=declared)
+    assert all(batch["text_attention_mask"].all() for batch in dataset)
 
 
 def test_too_many_rows_that_cannot_be_used_stop_the_conversion(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from streamprep.errors import UserError
 from streamprep.foreign.groups import RowGroupReader
-from streamprep.foreign.survey import LATENT, Survey
+from streamprep.foreign.parquet import LATENT
+from streamprep.foreign.survey import Survey
 from streamprep.row_index import TEXT, RowIndex
 from streamprep.storage import Store
 from streamprep.tensor_reads import DamagedFile

@@ -19,8 +19,8 @@ from streamprep.errors import UserError
 from streamprep.foreign import checks
 from streamprep.foreign.columns import SMALL
 from streamprep.foreign.declared import DeclaredContract
-from streamprep.foreign.groups import GroupColumns, WrongSize, read_group
-from streamprep.foreign.survey import LATENT, Survey, pixels_of, rate_of, survey
+from streamprep.foreign.parquet import LATENT, GroupColumns, UnreadableGroup, WrongSize, read_group
+from streamprep.foreign.survey import Survey, pixels_of, rate_of, survey
 from streamprep.job_plan import JobPlan, Round, Unit, installed_versions, keys_digest
 from streamprep.plan import Excluded
 from streamprep.record import BadClip, Record
@@ -65,7 +65,7 @@ class ForeignOrigin:
 
         Raises:
             UserError: if embeddings that are declared trimmed are padded.
-            DamagedFile: if a file was changed or cannot be read.
+            DamagedFile: if a file was changed.
         """
         for file in record.files:
             number = next(n for n, one in enumerate(self.found.files) if one.path == file.name)
@@ -73,9 +73,14 @@ class ForeignOrigin:
             rows = zip(mine.tolist(), file.rows, strict=True)
             for group, of_group in itertools.groupby(rows, key=lambda one: one[1].row_group):
                 names = [*self.found.shapes, *SMALL]
-                columns = read_group(
-                    self.store, file.name, group, names, size_bytes=file.size_bytes, footer_sha256=file.sha256
-                )
+                try:
+                    columns = read_group(
+                        self.store, file.name, group, names, size_bytes=file.size_bytes, footer_sha256=file.sha256
+                    )
+                except UnreadableGroup as error:
+                    for _, written in of_group:
+                        yield BadClip(key=written.key, stage="read", reason="read_error", exception=str(error))
+                    continue
                 for row, written in of_group:
                     yield self._read_row(columns, row, written, f"{self.store.url}/{file.name} ({written.key})")
                 del columns  # before there is another

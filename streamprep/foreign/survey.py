@@ -23,34 +23,20 @@ from streamprep import canonical
 from streamprep.ahead import fetch_ahead
 from streamprep.errors import UserError, first_line
 from streamprep.foreign.columns import SMALL, columns_to_read, unused_columns
+from streamprep.foreign.parquet import LATENT, ForeignFile, footer_digest, is_of_parquet
+from streamprep.foreign.repetitions import Repetitions
 from streamprep.keys import key_of
 from streamprep.progress import count, size
 from streamprep.row_index import RAW, TEXT, TEXTS, RowGroups, RowIndex, TensorColumns, TextColumns
-from streamprep.storage import FileEntry, Store, StoreError
+from streamprep.storage import FileEntry, Store
 
-LATENT, FIRST_FRAME, CLIP_FEATURE = "vae_latent", "first_frame_latent", "clip_feature"
+FIRST_FRAME, CLIP_FEATURE = "first_frame_latent", "clip_feature"
 _SPLITS = ("combined_parquet_dataset", "training_dataset", "validation_dataset")
 _RANKS = {"vae_latent": 4, "first_frame_latent": 4, "text_embedding": 2, "clip_feature": 2}
 _NO_TENSOR = ("", "unknown", None)
 _FLOAT32 = ("float32", "torch.float32")
 _SUFFIX = re.compile(r"(#\d+)?(@\d+)?$")
 _AT_ONCE, _FOOTER_BYTES, _AHEAD_BYTES = 12, 2**20, 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForeignFile:
-    """One Parquet file."""
-
-    path: str
-    size_bytes: int
-    footer_sha256: str
-    """Of its footer, which knows all offsets and sizes but not the values."""
-    group_rows: tuple[int, ...]
-    """Of each row group."""
-    group_bytes: tuple[int, ...]
-    """Of each row group, uncompressed."""
-    unused: tuple[str, ...]
-    """Columns that nothing here is about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +176,7 @@ def survey(store: Store, contract: Mapping[str, Any]) -> Survey:
     for _, (file, table) in _read_all(store, entries, contract):
         rows.add(len(files), file, table)
         files.append(file)
-    return rows.finish(tuple(files))
+    return rows.finish(tuple(files), store)
 
 
 def _parquet_files(store: Store) -> list[FileEntry]:
@@ -248,19 +234,6 @@ def _read_small(store: Store, entry: FileEntry, contract: Mapping[str, Any]) -> 
     return file, pa.table({name: table[column] for name, column in there.items()})
 
 
-def is_of_parquet(error: Exception) -> bool:
-    """Whether pyarrow cannot make sense of what it reads, as opposed to the store's trouble."""
-    return isinstance(error, pa.ArrowException) or (not isinstance(error, StoreError) and error.args[1:] == ())
-
-
-def footer_digest(opened: Any, size_bytes: int) -> str:
-    """Of an open file's footer, which knows all offsets and sizes but not the values."""
-    opened.seek(size_bytes - 8)
-    length = int.from_bytes(opened.read(4), "little")
-    opened.seek(size_bytes - 8 - length)
-    return hashlib.sha256(opened.read(length)).hexdigest()
-
-
 class _Rows:
     """Takes the rows of one file after the other, and decides about each."""
 
@@ -270,9 +243,11 @@ class _Rows:
         self._file: list[int] = []
         self._group: list[int] = []
         self._position: list[int] = []
-        self._keys: list[str] = []
+        self._row: list[int] = []
+        self._ids: list[str] = []
+        self._digests: list[bytes] = []
+        """Of all small columns and shapes."""
         self._shapes: dict[str, list[list[int]]] = {name: [] for name in self._tensors}
-        self._seen: dict[str, list[bytes]] = {}  # by key: digests of its rows' small columns
         self._dropped: list[DroppedRow] = []
         self._doubts: Counter[str] = Counter()
         self._first_doubt: dict[str, str] = {}
@@ -295,19 +270,39 @@ class _Rows:
         shapes = {name: self._shape(values, name, where) for name in self._tensors}
         self._check_pixels(values, shapes, where)
         digest = hashlib.sha256(repr([[values.get(name) for name in SMALL], shapes]).encode()).digest()
-        seen = self._seen.setdefault(key, [])
-        if digest in seen:
-            self._drop(file, row, key, "repeated_row", "a row before has the same id, caption, shapes and all else")
-            return
-        seen.append(digest)
-        self._keys.append(key if len(seen) == 1 else _numbered(key, len(seen)))
-        if len(seen) > 1:
-            self._doubt(f"has the id of another row, its key is {self._keys[-1]}", where)
+        self._digests.append(digest)
+        self._ids.append(id)
+        self._row.append(row)
         self._file.append(number)
         self._group.append(group)
         self._position.append(at)
         for name, shape in shapes.items():
             self._shapes[name].append(shape)
+
+    def _settle_keys(self, files: Sequence[ForeignFile], store: Store) -> list[str | None]:
+        """Of each row; None of one that is there a second time, and dropped."""
+        places = list(zip(self._file, self._group, self._position, strict=True))
+        named = list(zip(self._ids, self._digests, strict=True))
+        often = Counter(named)
+        alike = [number for number, name in enumerate(named) if often[name] > 1]
+        repetitions = Repetitions(store, files, self._contract)
+        latents = {places[number]: self._shapes[LATENT][number] for number in alike} if LATENT in self._shapes else {}
+        repetitions.read([places[number] for number in alike], latents)
+        settled: list[str | None] = []
+        seen: dict[str, int] = {}
+        for number, (id, digest) in enumerate(named):
+            file, row, key = files[self._file[number]], self._row[number], _key_of(id)
+            if repetitions.is_one(places[number], (id, digest)):
+                self._drop(file, row, key, "repeated_row", "a row before has the same id, caption, shapes and tensors")
+                settled.append(None)
+                continue
+            seen[key] = seen.get(key, 0) + 1
+            if seen[key] > 1:
+                key = _numbered(key, seen[key])
+                where = f"{self._url}/{file.path}, row {row} ({id})"
+                self._doubt(f"has the id of another row, its key is {key}", where)
+            settled.append(key)
+        return settled
 
     def _drop(self, file: ForeignFile, row: int, key: str, reason: str, message: str) -> None:
         self._dropped.append(DroppedRow(file=file.path, row=row, key=key, reason=reason, message=message))
@@ -369,19 +364,25 @@ class _Rows:
         if fps is not None and rate_of(fps) is None:
             self._doubt(f"says fps {fps}, which is no rate: it is unknown", where)
 
-    def finish(self, files: tuple[ForeignFile, ...]) -> Survey:
-        """When all files have been seen."""
-        if not self._keys:
+    def finish(self, files: tuple[ForeignFile, ...], store: Store) -> Survey:
+        """When all files have been seen; rows that may be there twice are read and compared."""
+        if not self._ids:
             why = f": {self._dropped[0]}" if self._dropped else ""
             raise UserError(f"{self._url}: none of {len(self._dropped)} rows can be used{why}")
-        shapes = {name: np.array(values, np.int64) for name, values in self._shapes.items()}
-        _check_lengths(self._url, shapes[TEXT][:, 0], self._contract["text"])
+        keys = self._settle_keys(files, store)
+        kept = np.array([key is not None for key in keys])
+        shapes = {name: np.array(values, np.int64)[kept] for name, values in self._shapes.items()}
+        if (doubt := _odd_lengths(self._url, shapes[TEXT][:, 0], self._contract["text"])) is not None:
+            self._doubts[doubt] += 1
+            self._first_doubt[doubt] = doubt
         return Survey(
             url=self._url,
             files=files,
-            file=np.array(self._file, np.int32),
-            groups=RowGroups(group=np.array(self._group, np.int32), position=np.array(self._position, np.int32)),
-            keys=pa.array(self._keys),
+            file=np.array(self._file, np.int32)[kept],
+            groups=RowGroups(
+                group=np.array(self._group, np.int32)[kept], position=np.array(self._position, np.int32)[kept]
+            ),
+            keys=pa.array([key for key in keys if key is not None]),
             shapes=shapes,
             dropped=tuple(self._dropped),
             unused=tuple(sorted({name for file in files for name in file.unused})),
@@ -437,19 +438,25 @@ def _factor(pixels: Sequence[int], latent: Sequence[int]) -> int | None:
     return None
 
 
-def _check_lengths(url: str, lengths: NDArray[np.int64], text: Mapping[str, Any]) -> None:
-    """Whether embeddings are as long as trimmed or padded ones are."""
+def _odd_lengths(url: str, lengths: NDArray[np.int64], text: Mapping[str, Any]) -> str | None:
+    """Whether embeddings are as long as trimmed or padded ones are; what looks odd, and need not be wrong.
+
+    Raises:
+        UserError: if they cannot be what is declared.
+    """
     longest = int(text["max_length"])
-    if text["padding"] == "trimmed" and len(lengths) > 1 and (lengths == longest).all():
-        raise UserError(
-            f"{url}, column {TEXT}_shape: all {len(lengths)} rows have {longest} tokens, the most there can be: they "
-            "are padded, and declared trimmed: declare text = 'padded'"
-        )
     if text["padding"] == "padded" and (lengths != lengths[0]).any():
         raise UserError(
             f"{url}, column {TEXT}_shape: rows have {lengths.min()} to {lengths.max()} tokens, padded ones would all "
             "have the same: declare text = 'trimmed'"
         )
+    if text["padding"] == "trimmed" and len(lengths) > 1 and (lengths == longest).all():
+        return (
+            f"{url}, column {TEXT}_shape: all {len(lengths)} rows have {longest} tokens, the most there can be, and "
+            "are declared trimmed: are all captions that long? What pads them otherwise is no zeros, and would be read "
+            "as words"
+        )
+    return None
 
 
 def _text_columns(num_rows: int) -> TextColumns:
