@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch._inductor.test_operators  # noqa: F401 - twice is an error, and pytester forgets what a run has imported
 
 from streamprep.testing import ExporterContract
 
@@ -347,6 +348,13 @@ MUTANTS = [
         "the exporter wrong:open_shard has a mistake: what it says of the files of unit 000000 could not be read back",
         of_writer("def close(self):\n    return change(self, offset=lambda one: -one.offset)")
         + "\nWORKLOADS = ('t2v',)",
+    ),
+    (
+        "the_command_encodes_what_verify_finds_good",
+        "two processes wrote the same rows in other bytes",
+        FASTVIDEO + "import os\ndef open_shard(*arguments, contract, **how):\n"
+        "    return right.open_shard(*arguments, contract={**contract, 'pid': os.getpid()}, **how)\n"
+        "WORKLOADS = ('t2v',)",
     ),
 ]
 TESTS = {name.removeprefix("test_") for name in vars(ExporterContract) if name.startswith("test_")}
