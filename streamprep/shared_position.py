@@ -20,7 +20,7 @@ from streamprep.errors import UserError
 
 _MAX_WORKERS = 1023
 _EPOCH, _CONSUMED, _GENERATION, _MARKS = 0, 1, 2, 3
-_GENERATION_BITS, _PASS_BITS, _NUMBER_BITS = 12, 34, 17
+_GENERATION_BITS, _PASS_BITS, _NUMBER_BITS = 10, 30, 23
 
 
 class SharedPosition:
@@ -99,9 +99,10 @@ class SharedPosition:
         return number if pid == os.getpid() else 0
 
     def __getstate__(self) -> dict[str, Any]:
+        begun_here = (0, 0)  # a number of a process means nothing elsewhere
         if multiprocessing.context.get_spawning_popen() is not None:  # to a process that is being started: shared
-            return self.__dict__
-        return self.__dict__ | {"_numbers": self._numbers.tolist()}
+            return {"_numbers": self._numbers, "_begun_here": begun_here}
+        return {"_numbers": self._numbers.tolist(), "_begun_here": begun_here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
