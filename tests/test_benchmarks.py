@@ -109,6 +109,7 @@ def rows(printed: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.slow
 def test_precision_has_a_number_or_a_reason_in_every_row(run_python: Run, tmp_path: Path) -> None:
     flags = ("--tiny-only", "--device", "cpu", "--num-frames", "5", "--height", "32", "--width", "48", "--threads", "1")
     done = run_python(

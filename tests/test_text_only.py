@@ -214,7 +214,14 @@ def test_verify_and_status_know_a_job_of_captions(finished: EncodeJob, capsys: p
     assert set(index["bucket"].to_pylist()) == {"text"}
 
 
-@pytest.mark.parametrize(("point", "serial"), [("uncond:1", True), ("data.after:3", False), ("record.after:1", True)])
+@pytest.mark.parametrize(
+    ("point", "serial"),
+    [
+        pytest.param("uncond:1", True, marks=pytest.mark.slow),
+        ("data.after:3", False),
+        pytest.param("record.after:1", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_job_of_prompts_ends_with_the_same_bytes(
     point: str, serial: bool, new_job: NewJob, prompt_shards: Path, finished: EncodeJob
 ) -> None:
