@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -163,9 +164,10 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         super().__init__()
         self._sources = _sources(sources)
         self.rank, self.world_size = _rank(rank, world_size)
-        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.drop_last = drop_last
         _check_types(batch_size, seed, tensors, dtype, caption_dropout, contract, max_ahead_bytes)
         _check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
+        self.batch_size, self.seed = int(batch_size), int(seed)
         self._max_ahead_bytes = max_ahead_bytes
         self._stores: list[Store] | None = [open_store(source.url) for source in self._sources]
         self.dropped: list[DroppedRow] = []
@@ -463,7 +465,7 @@ def _sources(given: Any) -> tuple[Source, ...]:
         if not isinstance(source.url, (str, os.PathLike)):
             raise UserError(f"a source is a folder or a URL, got {source.url!r}")
         for value in (source.repeats, 1 if source.weight is None else source.weight):
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not isinstance(value, Real) or not 0 < value < math.inf:
                 raise UserError(f"repeats and weight must be above 0, and finite, got {source}")
     if len({source.weight is None for source in sources}) > 1:
         raise UserError("give all sources a weight, or none: with weights they say the shares of an epoch")
@@ -494,14 +496,14 @@ def _check_types(
     batch_size: Any, seed: Any, tensors: Any, dtype: Any, caption_dropout: Any, contract: Any, max_ahead_bytes: Any
 ) -> None:
     for name, value, able, wanted in (
-        ("batch_size", batch_size, int, "a whole number"),
-        ("seed", seed, int, "a whole number"),
-        ("max_ahead_bytes", max_ahead_bytes, int, "a whole number"),
-        ("caption_dropout", caption_dropout, (int, float), "a number"),
+        ("batch_size", batch_size, Integral, "a whole number"),
+        ("seed", seed, Integral, "a whole number"),
+        ("max_ahead_bytes", max_ahead_bytes, Integral, "a whole number"),
+        ("caption_dropout", caption_dropout, Real, "a number"),
         ("dtype", dtype, (torch.dtype, type(None)), "one of torch, torch.bfloat16 say"),
         ("contract", contract, (Mapping, DeclaredContract, type(None)), "a dict, or what declare_contract() gives"),
     ):
-        if not isinstance(value, able) or (isinstance(value, bool) and able is not bool):
+        if not isinstance(value, able) or isinstance(value, bool):
             raise UserError(f"{name} must be {wanted}, got {value!r}")
     if isinstance(tensors, str):
         raise UserError(f"tensors must be several names, got {tensors!r}: say tensors=({tensors!r},)")
@@ -555,6 +557,11 @@ def _checked_contracts(
     """The contract of each source, compared with the trainer's and the others', and with what is stored."""
     for index in indexes:
         if set(index.tensors) != set(indexes[0].tensors):
+            if set(index.tensors) ^ set(indexes[0].tensors) == {LOGVAR}:
+                raise UserError(
+                    f"of {index.url} and {indexes[0].url} only one has {LOGVAR}, to sample latents from: say "
+                    "posterior='mean', which both have"
+                )
             raise UserError(
                 f"{index.url} has {', '.join(index.tensors)} and {indexes[0].url} has {', '.join(indexes[0].tensors)}: "
                 "say tensors=(...), the ones to be read"

@@ -237,6 +237,20 @@ def test_torchs_defaults_make_no_difference(moments: Path, dtype: torch.dtype) -
             assert one[name].device.type == "cpu" and torch.equal(one[name], other[name]), name
 
 
+def test_means_may_be_mixed_with_what_could_be_sampled(moments: Path, latents: Encoded) -> None:
+    how: dict[str, Any] = {"batch_size": 2, "tensors": ("vae_latent",)}
+    with pytest.raises(UserError, match="only one has vae_logvar, to sample latents from: say posterior='mean'"):
+        EncodedDataset([moments, latents.out], **how)
+    mixed = EncodedDataset([moments, latents.out], posterior="mean", **how)
+    assert {source for batch in mixed for source in batch["sources"]} == {0, 1}
+
+
+def test_numbers_may_be_numpys(latents: Encoded) -> None:
+    found = EncodedDataset(latents.out, batch_size=np.int64(2), seed=np.int64(3), caption_dropout=np.float32(0))
+    assert keys_of(list(found)) == keys_of(list(EncodedDataset(latents.out, batch_size=2, seed=3)))
+    json.dumps(found.state_dict())
+
+
 def test_samples_of_other_seeds_differ_and_the_mean_can_be_had(moments: Path) -> None:
     stored = moments_of(moments)
     one, other = (
@@ -312,16 +326,18 @@ def test_a_look_at_one_batch_is_a_pass_for_all_workers(latents: Encoded, method:
 def test_each_pass_is_the_next_epoch_whoever_makes_it(latents: Encoded) -> None:
     dataset = EncodedDataset(latents.out, batch_size=3)
     kept, seen = loader_of(dataset, 2, persistent_workers=True), []
-    for one in (dataset, loader_of(dataset, 2), kept, loader_of(dataset, 3), kept, dataset, loader_of(dataset, 1)):
+    two, three, one_only, two_again = (loader_of(dataset, number) for number in (2, 3, 1, 2))
+    for one in (dataset, two, kept, three, kept, dataset, one_only, two_again):
         torch.manual_seed(0)  # of which a loader's workers have their seeds
         seen.append({batch["epoch"] for batch in one})
-    assert seen == [{epoch} for epoch in range(7)]
-    assert dataset.epoch == 7
+    assert seen == [{epoch} for epoch in range(8)]
+    assert dataset.epoch == 8
 
 
 def test_passes_side_by_side_are_epochs_of_their_own(latents: Encoded) -> None:
     dataset = EncodedDataset(latents.out, batch_size=3)
-    loader, other = loader_of(dataset, 2), loader_of(dataset, 3)
+    loader = loader_of(dataset, 2, worker_init_fn=lambda number: time.sleep(number))  # the other one comes between
+    other = loader_of(dataset, 3)
     pairs = list(zip(loader, other, strict=True))
     assert {batch["epoch"] for batch, _ in pairs} == {0}
     assert {batch["epoch"] for _, batch in pairs} == {1}
@@ -552,6 +568,24 @@ def test_torchdatas_stateful_loader_goes_on_where_it_was(latents: Encoded, num_w
     assert passed == [keys for epoch in expected for keys in epoch]
 
 
+def test_torchdatas_stateful_loader_goes_back_as_often_as_it_is_told(latents: Encoded) -> None:
+    """It restores the seed of its workers, too: they have what those of earlier passes had in common."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    dataset = EncodedDataset(latents.out, batch_size=3)
+    loader = StatefulDataLoader(dataset, batch_size=None, num_workers=2)
+    batches, states = iter(loader), []
+    for _ in range(2):
+        next(batches)
+        states.append(loader.state_dict())
+    del batches
+    for number in (1, 0, 0, 1):
+        loader = StatefulDataLoader(dataset, batch_size=None, num_workers=2)
+        loader.load_state_dict(states[number])
+        found = [(batch["epoch"], batch["number"]) for batch in loader]
+        assert found == [(0, at) for at in range(1 + number, len(dataset))]
+
+
 def test_torchdatas_stateful_loader_with_workers_goes_on_only_on_as_many_ranks(latents: Encoded) -> None:
     """What its workers have given out was taken for that of others: batches lost, or twice."""
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -696,6 +730,7 @@ def test_what_the_trainer_needs_is_compared(latents: Encoded) -> None:
         ({"rank": 2, "world_size": 2}, "rank must be from 0 to 1, got 2"),
         ({"rank": 2}, "give rank and world_size both"),
         ({"batch_size": "3"}, "batch_size must be a whole number, got '3'"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, got 2.5"),
         ({"batch_size": True}, "batch_size must be a whole number, got True"),
         ({"dtype": "bfloat16"}, "dtype must be one of torch, torch.bfloat16 say, got 'bfloat16'"),
         ({"tensors": "vae_latent"}, "say tensors=('vae_latent',)"),
