@@ -113,7 +113,7 @@ class Committer:
         files: list[WrittenFile] = []
         if self._writer is not None:
             with self._writer:
-                files = self._writer.close()
+                files = list(self._writer.close())
             self._writer = None
         exporting.check_rows(self.job.plan.config["exporter"], unit.id, self._unit_keys, files)
         record = Record(

@@ -356,7 +356,7 @@ def _convert_files(
         for sample in _samples(conversion, record, bad, scratch=current.store):
             writer.write(sample)
             wrote(1)
-        files: list[WrittenFile] = writer.close()
+        files: list[WrittenFile] = list(writer.close())
     bad_keys = {clip.key for clip in bad}
     there = [row.key for file in record.files for row in file.rows if row.key not in bad_keys]
     exporting.check_rows(plan.config["exporter"], record.unit, there, files)

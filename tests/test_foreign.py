@@ -317,17 +317,19 @@ def test_another_clip_of_the_same_id_and_caption_is_no_repetition(
     latent = np.frombuffer(rows[0]["vae_latent_bytes"], np.float32).reshape(rows[0]["vae_latent_shape"])
     std = np.array(video["latents_std"], np.float32)[:, None, None, None]
     again = latent.astype(np.float16).astype(np.float32)  # encoded anew, not bit for bit the same
-    others = [latent + 0.05 * std, latent[:, :, ::-1], again]
+    detail = latent.copy()
+    detail[:, 0, 0, 0] += 3 * std[:, 0, 0, 0]
+    others = [latent + 0.05 * std, latent[:, :, ::-1], detail, again]
     theirs = write([*rows, *({**rows[0], "vae_latent_bytes": other.tobytes()} for other in others)])
     with pytest.warns(UserWarning) as said:
         dataset = EncodedDataset(theirs, batch_size=1, contract=declared)
     assert any("1 row left out: 1 repeated_row" in str(one.message) for one in said)
     found = by_key(dataset)
     key = next(key for key in found if f"{key}~02" in found)
-    for number, one in enumerate((latent, *others[:2]), 1):
+    for number, one in enumerate((latent, *others[:3]), 1):
         name = key if number == 1 else f"{key}~{number:02d}"
         np.testing.assert_array_equal(found[name]["vae_latent"], one)
-    assert f"{key}~04" not in found
+    assert f"{key}~05" not in found
 
 
 def test_captions_alone_are_repetitions_if_their_embeddings_are_the_same(
@@ -495,6 +497,7 @@ WRONG_TYPES = {
     "num_frames": (pa.bool_(), lambda _: True),
     "vae_latent_shape": (pa.string(), lambda row: str(row["vae_latent_shape"])),
     "vae_latent_bytes": (pa.list_(pa.float32()), lambda _: [0.5]),
+    "text_embedding_bytes": (pa.dictionary(pa.int32(), pa.binary()), lambda row: row["text_embedding_bytes"]),
     "text_embedding_dtype": (pa.int64(), lambda _: 32),
 }
 

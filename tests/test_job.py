@@ -302,7 +302,7 @@ class Wrong:
         if self._mistake == "swallows":
             raise OSError("no room")
         files: list[WrittenFile] = self._inner.close()
-        return files[:-1] if self._mistake == "forgets a file" else files
+        return files[:-1] if self._mistake == "forgets a file" else iter(files)  # type: ignore[return-value]
 
     def __enter__(self) -> Wrong:
         return self
@@ -337,6 +337,17 @@ def test_a_unit_is_committed_only_with_the_rows_that_the_exporter_was_given(
     ):
         wrong.take(make_batch(unit, [make_sample(key) for key in "abc"]))
     assert current.record(unit.id) is None
+
+
+def test_an_exporter_may_give_its_files_one_by_one(tmp_path: Path) -> None:
+    current = make_job(tmp_path)
+    (unit,) = current.plan.units
+    open_writer = functools.partial(
+        fastvideo.open_shard, current.store, workload="t2v", samples_per_file=2, contract=current.plan.contract
+    )
+    with Committer(current, open_writer=lambda name: Wrong(open_writer(name), ""), max_bad_fraction=0.05) as right:
+        record = right.take(make_batch(unit, [make_sample(key) for key in "abc"]))
+    assert record is not None and [row.key for file in record.files for row in file.rows] == ["a", "b", "c"]
 
 
 def test_a_process_that_commits_second_takes_back_its_files(tmp_path: Path) -> None:

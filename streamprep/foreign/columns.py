@@ -85,8 +85,6 @@ def _is_text(type: Any) -> bool:
 
 
 def _is_bytes(type: Any) -> bool:
-    if pa.types.is_dictionary(type):
-        return _is_bytes(type.value_type)
     return bool(
         pa.types.is_binary(type)
         or pa.types.is_large_binary(type)

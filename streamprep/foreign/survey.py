@@ -293,7 +293,13 @@ class _Rows:
         for number, (id, digest) in enumerate(named):
             file, row, key = files[self._file[number]], self._row[number], _key_of(id)
             if repetitions.is_one(places[number], (id, digest)):
-                self._drop(file, row, key, "repeated_row", "a row before has the same id, caption, shapes and tensors")
+                self._drop(
+                    file,
+                    row,
+                    key,
+                    "repeated_row",
+                    "a row before has the same id, caption and shapes and, but for rounding, the same latent",
+                )
                 settled.append(None)
                 continue
             seen[key] = seen.get(key, 0) + 1
