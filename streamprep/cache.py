@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -74,6 +74,8 @@ class Cache:
         self._root = self._folder / _FOLDER
         self._lock = threading.Lock()
         self._added_bytes = max_bytes  # so that the first one looks how much there is
+        self._coming_bytes = 0
+        """Of files that this process has room for and has not written yet."""
         self.hits = 0
         """Videos that were here."""
         self.hit_bytes = 0
@@ -115,8 +117,7 @@ class Cache:
         if hashlib.sha256(data).hexdigest() != sha256:
             return  # a damaged shard: whoever decodes it says so
         path = self._path(sha256)
-        with suppress(OSError):
-            self._make_room(len(data))
+        with suppress(OSError), self._room(len(data)):
             path.parent.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
                 try:
@@ -127,6 +128,18 @@ class Cache:
                     Path(file.name).unlink()
                     raise
 
+    @contextmanager
+    def _room(self, size_bytes: int) -> Iterator[None]:
+        """Room for a file, which nobody else gets while it is written."""
+        with self._lock:
+            self._coming_bytes += size_bytes
+        try:
+            self._make_room(size_bytes)
+            yield
+        finally:
+            with self._lock:
+                self._coming_bytes -= size_bytes
+
     def _make_room(self, size_bytes: int) -> None:
         with self._lock:
             self._added_bytes += size_bytes
@@ -134,7 +147,7 @@ class Cache:
                 return
             self._added_bytes = size_bytes
             files = sorted(self._files())
-            total = sum(file_bytes for _, file_bytes, _ in files) + size_bytes
+            total = sum(file_bytes for _, file_bytes, _ in files) + self._coming_bytes
             if total + self.max_bytes * _LOOK_AFTER <= self.max_bytes:
                 return
             for _, file_bytes, path in files:
