@@ -107,9 +107,8 @@ def test_a_rank_waits_for_a_store_that_is_away(
     assert_done(f"{url}/out", expected)
 
 
-@pytest.mark.parametrize(
-    ("number", "grace_seconds"), [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 20, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "grace_seconds"), [(signal.SIGTERM, 1), (signal.SIGINT, 20)])
 def test_a_rank_that_waits_for_a_store_leaves_tidily(
     bucket: tuple[str, FaultProxy],
     forks: Forks,

@@ -373,7 +373,8 @@ def test_nproc_starts_ranks_and_starts_those_that_die_again(
     launcher.wait_until_all_gone(seconds=10)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_launcher_that_is_stopped_or_killed_leaves_no_rank(
     new_job: NewJob, undisturbed: Undisturbed, slow_shards: Path, number: signal.Signals
 ) -> None:

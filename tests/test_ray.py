@@ -64,6 +64,7 @@ def start_on_ray(cluster: Any) -> StartOnRay:
     return start
 
 
+@pytest.mark.slow
 def test_ranks_in_actors_write_what_one_process_writes(
     new_job: NewJob, start_on_ray: StartOnRay, undisturbed: Undisturbed, shards: Path
 ) -> None:

@@ -85,6 +85,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- a dataset repository in any layout
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs_from_a_dataset_repository(on_hub: RunOnHub, tiny_model: Path, tmp_path: Path) -> None:
     size = ("--max-height", 32, "--max-width", 48, "--num-frames", 5, "--serial")
     command = ("run", "hf://datasets/org/merged", tmp_path / "out", "--model-path", tiny_model, *size)

@@ -100,7 +100,7 @@ def test_what_is_deleted_while_it_is_read_is_not_there(bucket: tuple[ObjectStore
 
 @pytest.mark.parametrize(
     "fault",
-    [CutReply(), CutReply(reset=False), StallReply(30), LoseReply(), Reset()],
+    [CutReply(), CutReply(reset=False), pytest.param(StallReply(30), marks=pytest.mark.slow), LoseReply(), Reset()],
     ids=["cut", "closed", "stalled", "lost", "reset"],
 )
 def test_a_listing_or_a_deletion_that_breaks_off_is_asked_for_again(
