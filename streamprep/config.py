@@ -218,7 +218,7 @@ class ConvertConfig(LatentSettings, RankSettings):
             raise UserError("--nproc auto is one process for each GPU, which convert has no use for: say how many")
         if self.max_bad_fraction is not None:
             if self.contract is None:
-                raise UserError("--max-bad-fraction goes with --contract: a finished output has no bad rows")
+                raise UserError("--max-bad-fraction goes with --contract: the rows of a finished output are good")
             checks.at_least(0, max_bad_fraction=self.max_bad_fraction)
             checks.at_most(1, max_bad_fraction=self.max_bad_fraction)
         if self.samples_per_file is not None:

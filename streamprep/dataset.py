@@ -11,12 +11,10 @@ A position is (epoch, batches consumed by all ranks), so training goes on anywhe
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +24,8 @@ import torch.distributed
 import torch.utils.data
 from torch import Tensor
 
-from streamprep import canonical, contract_check, epochs, job, row_index, sealed
+from streamprep import canonical, contract_check, dataset_arguments, epochs, job, row_index, sealed
+from streamprep.dataset_arguments import Source
 from streamprep.epochs import Epoch, Part, Pool
 from streamprep.errors import UserError
 from streamprep.foreign import checks, survey
@@ -41,20 +40,6 @@ from streamprep.tensor_reads import READ_AHEAD_BYTES, Located, Reader, open_read
 from streamprep.training_batches import LATENT, LOGVAR, Batch, BatchMaker
 
 __all__ = ["Batch", "EncodedDataset", "EpochSummary", "Source", "declare_contract", "decode_latents"]
-
-STATE_FORMAT = "streamprep-reader/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One output among several, and how much of it an epoch takes."""
-
-    url: str | os.PathLike[str] = field(kw_only=False)
-    repeats: float = 1
-    """How often an epoch goes through its rows; 0.5 takes half of them, others each epoch."""
-    weight: float | None = None
-    """Its share of an epoch, beside the other sources' weights; the epoch then ends when the first source has been gone
-    through ``repeats`` times. All sources have one, or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,11 +147,11 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
-        self._sources = _sources(sources)
-        self.rank, self.world_size = _rank(rank, world_size)
+        self._sources = dataset_arguments.sources_of(sources)
+        self.rank, self.world_size = dataset_arguments.rank_of(rank, world_size)
         self.drop_last = drop_last
-        _check_types(batch_size, seed, tensors, dtype, caption_dropout, contract, max_ahead_bytes)
-        _check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
+        dataset_arguments.check_types(batch_size, seed, tensors, dtype, caption_dropout, contract, max_ahead_bytes)
+        dataset_arguments.check_options(batch_size, dtype, text_padding, caption_dropout, captions, posterior)
         self.batch_size, self.seed = int(batch_size), int(seed)
         self._max_ahead_bytes = max_ahead_bytes
         self._stores: list[Store] | None = [open_store(source.url) for source in self._sources]
@@ -283,7 +268,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
         Raises:
             UserError: if the state is of other data, or of another batch size or seed in the middle of an epoch.
         """
-        _check_state(state)
+        dataset_arguments.check_state(state)
         skip = self._skip_of(state)
         if state["consumed"] or skip:
             ours = self._state(state["epoch"], state["consumed"])
@@ -322,7 +307,7 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
 
     def _state(self, epoch: int, consumed: int) -> dict[str, Any]:
         return {
-            "format": STATE_FORMAT,
+            "format": dataset_arguments.STATE_FORMAT,
             "epoch": epoch,
             "consumed": consumed,
             "seed": self.seed,
@@ -419,7 +404,11 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
                     "FastVideo's files hold none; say empty_text="
                 )
             where = "empty_text" if name is None else f"{store.url}/{name}"
-            found.append(_checked_empty_text(given if name is None else _read_empty_text(store, name), where, contract))
+            found.append(
+                dataset_arguments.checked_empty_text(
+                    given if name is None else _read_empty_text(store, name), where, contract
+                )
+            )
         return found
 
     def _load(
@@ -451,100 +440,6 @@ class EncodedDataset(torch.utils.data.IterableDataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_stores": None, "_latest": None}
-
-
-def _sources(given: Any) -> tuple[Source, ...]:
-    if isinstance(given, (str, os.PathLike, Source)):
-        given = [given]
-    if not isinstance(given, Iterable):
-        raise UserError(f"sources must be a folder or a URL, a Source, or several, got {given!r}")
-    sources = tuple(one if isinstance(one, Source) else Source(url=one) for one in given)
-    if not sources:
-        raise UserError("no source was given")
-    for source in sources:
-        if not isinstance(source.url, (str, os.PathLike)):
-            raise UserError(f"a source is a folder or a URL, got {source.url!r}")
-        for value in (source.repeats, 1 if source.weight is None else source.weight):
-            if not isinstance(value, Real) or not 0 < value < math.inf:
-                raise UserError(f"repeats and weight must be above 0, and finite, got {source}")
-    if len({source.weight is None for source in sources}) > 1:
-        raise UserError("give all sources a weight, or none: with weights they say the shares of an epoch")
-    return sources
-
-
-def _rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise UserError("give rank and world_size both, or neither")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            rank, world_size = _number_in("RANK", "0"), _number_in("WORLD_SIZE", "1")
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank must be from 0 to {world_size - 1}, got {rank}")
-    return rank, world_size
-
-
-def _number_in(variable: str, default: str) -> int:
-    value = os.environ.get(variable, default)
-    if not value.isdecimal():
-        raise UserError(f"the environment variable {variable} must be a whole number, got {value!r}")
-    return int(value)
-
-
-def _check_types(
-    batch_size: Any, seed: Any, tensors: Any, dtype: Any, caption_dropout: Any, contract: Any, max_ahead_bytes: Any
-) -> None:
-    for name, value, able, wanted in (
-        ("batch_size", batch_size, Integral, "a whole number"),
-        ("seed", seed, Integral, "a whole number"),
-        ("max_ahead_bytes", max_ahead_bytes, Integral, "a whole number"),
-        ("caption_dropout", caption_dropout, Real, "a number"),
-        ("dtype", dtype, (torch.dtype, type(None)), "one of torch, torch.bfloat16 say"),
-        ("contract", contract, (Mapping, DeclaredContract, type(None)), "a dict, or what declare_contract() gives"),
-    ):
-        if not isinstance(value, able) or isinstance(value, bool):
-            raise UserError(f"{name} must be {wanted}, got {value!r}")
-    if isinstance(tensors, str):
-        raise UserError(f"tensors must be several names, got {tensors!r}: say tensors=({tensors!r},)")
-    if max_ahead_bytes < 1:
-        raise UserError(f"max_ahead_bytes must be 1 or more, got {max_ahead_bytes}")
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    """Refuse what is no state, or was changed by hand."""
-    if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
-        raise UserError(f"not a state of EncodedDataset ({STATE_FORMAT}): {state}")
-    needed = ["epoch", "consumed", "seed", "batch_size", "drop_last", "data_sha256"]
-    needed += ["world_size"] if "worker" in state else []
-    if missing := [name for name in needed if name not in state]:
-        raise UserError(f"the state lacks {', '.join(missing)}: {state}")
-    for name in ("epoch", "consumed"):
-        if type(state[name]) is not int or state[name] < 0:
-            raise UserError(f"the state's {name} must be a whole number from 0, got {state[name]!r}")
-
-
-def _check_options(
-    batch_size: int,
-    dtype: torch.dtype | None,
-    text_padding: str,
-    caption_dropout: float,
-    captions: str,
-    posterior: str | None,
-) -> None:
-    if batch_size < 1:
-        raise UserError(f"batch_size must be 1 or more, got {batch_size}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise UserError(f"dtype must be one of floating point, got {dtype}")
-    if not 0 <= caption_dropout <= 1:
-        raise UserError(f"caption_dropout must be from 0 to 1, got {caption_dropout}")
-    for name, value, able in (
-        ("text_padding", text_padding, ("max_length", "longest")),
-        ("captions", captions, ("all", "one")),
-        ("posterior", posterior, ("mean", "sample", None)),
-    ):
-        if value not in able:
-            raise UserError(f"{name} must be one of {', '.join(map(repr, able))}, got {value!r}")
 
 
 def _open_reader(index: RowIndex, store: Store) -> Reader:
@@ -614,18 +509,6 @@ def _read_empty_text(store: Store, name: str) -> Tensor:
         raise UserError(f"caption_dropout needs the embedding of the empty caption, {store.url}/{name}") from None
     except (sealed.Damaged, KeyError) as error:
         raise UserError(f"{store.url}/{name} is damaged: {error}; `streamprep verify` says what to do") from error
-
-
-def _checked_empty_text(text: Any, where: str, contract: Mapping[str, Any]) -> Tensor:
-    """Refuse what is no embedding, (L, D), of the model's."""
-    longest, dim = contract["text"]["max_length"], contract["text"]["dim"]
-    if not isinstance(text, Tensor) or not text.is_floating_point():
-        raise UserError(f"{where} must be a tensor of floating point, got {type(text).__name__}")
-    if text.dim() != 2 or not 1 <= text.shape[0] <= longest or text.shape[1] != dim:
-        raise UserError(f"{where} must be (L, {dim}) with L from 1 to {longest}, got {tuple(text.shape)}")
-    if not text.isfinite().all():
-        raise UserError(f"{where} holds NaN or infinity")
-    return text.detach().cpu()
 
 
 def _pool(indexes: Sequence[RowIndex], sources: Sequence[Source], captions: str) -> Pool:
